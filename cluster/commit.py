@@ -1,0 +1,166 @@
+"""The commit protocol of checkpoints: a step is valid only through its COMMIT object. No rename, no pointer file.
+
+Layout below a run's `checkpoints/` folder:
+
+    step-00000400/attempt-002/rank-00000.safetensors   fragments, written by each rank
+    step-00000400/attempt-002/MANIFEST.json            sizes and digests of all rank files, topology, cursor, versions
+    step-00000400/COMMIT                               {"attempt", "digest": xxh3-128 of MANIFEST.json}
+
+COMMIT is created if absent, after every rank file of one attempt was checked; so one attempt commits a step, and an
+attempt that was cut off can still write below its own folder but never replace what was committed.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+
+import xxhash
+
+from cluster.storage import Storage
+from configs.errors import StorageError
+
+STEP = re.compile(r"step-(\d{8,12})")
+FORMAT_VERSION = 1
+
+
+class CheckpointError(StorageError):
+    """A checkpoint is absent, uncommitted, or not what its digests say."""
+
+
+@dataclass(frozen=True)
+class RankFile:
+    """One rank's file as the rank reported it: path relative to the attempt's folder, bytes, xxh3-128 hex."""
+
+    rank: int
+    path: str
+    bytes: int
+    digest: str
+
+
+@dataclass(frozen=True)
+class Committed:
+    """A committed step whose MANIFEST matches the digest in COMMIT."""
+
+    step: int
+    attempt: int
+    folder: str
+    manifest: dict
+    digest: str
+
+
+def step_folder(step: int) -> str:
+    """Folder of a step, zero-padded so that names sort by step."""
+    return f"step-{step:08d}"
+
+
+def attempt_folder(step: int, attempt: int) -> str:
+    """Folder that only this attempt writes for this step."""
+    return f"{step_folder(step)}/attempt-{attempt:03d}"
+
+
+def rank_file_name(rank: int) -> str:
+    """File name of one rank's fragments."""
+    return f"rank-{rank:05d}.safetensors"
+
+
+def commit(
+    checkpoints: Storage, step: int, attempt: int, files: list[RankFile], world_size: int, extra: dict
+) -> Committed:
+    """Check that all ranks' files lie in storage as reported, write MANIFEST.json, then create COMMIT.
+
+    `extra` (JSON values: topology, data cursor, configuration digest, versions) goes into the manifest. Raises
+    CheckpointError, leaving the step uncommitted, when a rank is missing, a size differs or another attempt has
+    committed this step.
+    """
+    ranks = sorted(file.rank for file in files)
+    if ranks != list(range(world_size)):
+        raise CheckpointError(f"step {step}: files of ranks {ranks} reported, {world_size} ranks expected")
+    folder = attempt_folder(step, attempt)
+    for file in files:
+        found = checkpoints.size(f"{folder}/{file.path}")
+        if found != file.bytes:
+            raise CheckpointError(
+                f"{folder}/{file.path}: {found} bytes in storage, rank {file.rank} wrote {file.bytes}"
+            )
+    manifest = {
+        "format": FORMAT_VERSION,
+        "step": step,
+        "attempt": attempt,
+        "world_size": world_size,
+        "files": [vars(file) for file in sorted(files, key=lambda file: file.rank)],
+        **extra,
+    }
+    text = json.dumps(manifest, indent=1, sort_keys=True).encode()
+    checkpoints.write_bytes(f"{folder}/MANIFEST.json", text)
+    digest = xxhash.xxh3_128_hexdigest(text)
+    marker = {"attempt": attempt, "digest": digest}
+    if not checkpoints.create(f"{step_folder(step)}/COMMIT", json.dumps(marker).encode()):
+        raise CheckpointError(f"step {step} was committed by another attempt; this one's files are not used")
+    return Committed(step, attempt, folder, manifest, digest)
+
+
+def read_commit(checkpoints: Storage, step: int) -> Committed:
+    """The committed state of a step; raises CheckpointError when it is not committed or does not match its digest."""
+    name = f"{step_folder(step)}/COMMIT"
+    try:
+        marker = json.loads(checkpoints.read_bytes(name))
+        attempt, digest = int(marker["attempt"]), str(marker["digest"])
+        folder = attempt_folder(step, attempt)
+        text = checkpoints.read_bytes(f"{folder}/MANIFEST.json")
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{checkpoints.url}/{step_folder(step)}: not committed ({error})") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{checkpoints.url}/{name}: damaged ({error})") from error
+    if xxhash.xxh3_128_hexdigest(text) != digest:
+        raise CheckpointError(f"{checkpoints.url}/{folder}/MANIFEST.json: content does not match the digest in COMMIT")
+    manifest = json.loads(text)
+    if manifest.get("format") != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{checkpoints.url}/{folder}/MANIFEST.json: format {manifest.get('format')}, this version reads "
+            f"{FORMAT_VERSION}"
+        )
+    return Committed(step, attempt, folder, manifest, digest)
+
+
+def committed_steps(checkpoints: Storage) -> list[int]:
+    """Steps that have a COMMIT object, ascending; whether they are valid shows when they are read."""
+    steps = []
+    for name in checkpoints.names():
+        match = STEP.fullmatch(name)
+        if match and checkpoints.exists(f"{name}/COMMIT"):
+            steps.append(int(match[1]))
+    return sorted(steps)
+
+
+def latest(checkpoints: Storage, at_most: int | None = None) -> tuple[Committed | None, list[str]]:
+    """The highest valid committed step, and a message for each committed step that was passed over as damaged."""
+    passed_over = []
+    for step in reversed(committed_steps(checkpoints)):
+        if at_most is not None and step > at_most:
+            continue
+        try:
+            return read_commit(checkpoints, step), passed_over
+        except CheckpointError as error:
+            passed_over.append(str(error))
+    return None, passed_over
+
+
+def prune(checkpoints: Storage, keep: int) -> list[int]:
+    """Remove all but the newest `keep` committed steps, COMMIT first so that no half-removed step looks valid.
+
+    Folders of uncommitted steps below the newest commit go too. Returns the steps removed.
+    """
+    committed = committed_steps(checkpoints)
+    if not committed:
+        return []
+    kept = set(committed[-keep:])
+    removed = []
+    for name in checkpoints.names():
+        match = STEP.fullmatch(name)
+        if match and int(match[1]) not in kept and int(match[1]) < committed[-1]:
+            checkpoints.remove(f"{name}/COMMIT")
+            checkpoints.remove(name)
+            removed.append(int(match[1]))
+    return removed

@@ -1,0 +1,70 @@
+"""Placement groups of training ranks: one group per model replica, so that a replica starts whole or not at all."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+
+from configs.errors import CapacityError
+from configs.schema import RunConfig
+
+
+@dataclass(frozen=True)
+class RankResources:
+    """What Ray reserves for one rank, in logical CPUs and GPUs."""
+
+    cpus: int
+    gpus: int
+
+    def bundle(self) -> dict[str, float]:
+        """The resources as a placement group's bundle."""
+        return {"CPU": self.cpus, **({"GPU": self.gpus} if self.gpus else {})}
+
+
+def rank_resources(config: RunConfig, totals: dict[str, float]) -> RankResources:
+    """Resources of one rank; device auto takes a GPU where the cluster has any.
+
+    Raises CapacityError naming the field, what is needed and what the cluster's nodes have in total.
+    """
+    device = config.cluster.device
+    if device == "auto":
+        device = "cuda" if totals.get("GPU", 0) >= 1 else "cpu"
+    wanted = RankResources(config.cluster.cpus_per_rank, 1 if device == "cuda" else 0)
+    ranks = config.parallelism.data
+    for name, each, field in (("CPU", wanted.cpus, "cpus_per_rank"), ("GPU", wanted.gpus, "device: cuda")):
+        have = int(totals.get(name, 0))
+        if ranks * each > have:
+            raise CapacityError(
+                f"parallelism.data: {ranks} ranks x {each} {name} (cluster.{field}) need {ranks * each} {name}s, the "
+                f"cluster has {have}; set parallelism.data to {max(1, have // each)} or add nodes"
+                + ("; on the embedded cluster raise cluster.local_cpus" if name == "CPU" else "")
+            )
+    return wanted
+
+
+def reserve(resources: RankResources, replicas: int, label: str, timeout_seconds: float) -> list[PlacementGroup]:
+    """Reserve one group per replica; raises CapacityError, with nothing kept, when they are not free in time."""
+    groups = [placement_group([resources.bundle()], strategy="PACK", name=f"{label}/dp{i}") for i in range(replicas)]
+    deadline = time.monotonic() + timeout_seconds
+    ready = sum(group.wait(max(0.1, deadline - time.monotonic())) for group in groups)
+    if ready < replicas:
+        release(groups)
+        raise CapacityError(
+            f"only {ready} of {replicas} replicas found {resources.bundle()} free within {timeout_seconds:.0f} s; "
+            f"available now: {_short(ray.available_resources())}; stop other work on the cluster or lower "
+            "parallelism.data"
+        )
+    return groups
+
+
+def release(groups: list[PlacementGroup]) -> None:
+    """Give the reservations back."""
+    for group in groups:
+        remove_placement_group(group)
+
+
+def _short(resources: dict[str, float]) -> str:
+    return ", ".join(f"{name} {resources[name]:g}" for name in ("CPU", "GPU") if name in resources) or "none"

@@ -1,0 +1,147 @@
+"""The run's books: status.json, metrics.jsonl, events.jsonl and the commits of checkpoints. One writer per run.
+
+Free of Ray and DeepSpeed: the controller keeps it in an actor, `jobs.train_local` in the parent process.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from typing import Any
+
+from cluster import commit
+from cluster.storage import SpooledText, Storage
+from configs.errors import StorageError
+from configs.schema import RunConfig
+
+
+class Ledger:
+    """Everything that is written about one run while it goes on; methods may be called from any thread."""
+
+    def __init__(self, storage: Storage, run: str, config: RunConfig) -> None:
+        self.folder = storage.child(run)
+        self.checkpoints = self.folder.child("checkpoints")
+        self._config = config
+        self._metrics = SpooledText(self.folder, "metrics.jsonl")
+        self._events = SpooledText(self.folder, "events.jsonl")
+        self._lock = threading.RLock()
+        self._reported: dict[tuple[int, int], dict[int, commit.RankFile]] = {}
+        self._lines: list[str] = []
+        self._attempt = 0
+        self.status: dict[str, Any] = {
+            "run": run,
+            "state": "preparing",
+            "stage": None,
+            "step": 0,
+            "steps": config.train.steps,
+            "tokens": 0,
+            "loss": None,
+            "tokens_per_second": None,
+            "data_wait_seconds": None,
+            "world_size": 0,
+            "attempt": 0,
+            "last_commit_step": None,
+            "message": None,
+            "updated_unix": time.time(),
+            "started_unix": time.time(),
+        }
+
+    def event(self, event: str, **detail: Any) -> None:
+        """Append one line to events.jsonl."""
+        self._events.append(json.dumps({"unix_seconds": time.time(), "event": event, **detail}))
+        self._events.flush()
+
+    def say(self, line: str) -> None:
+        """Add a line to what people following the run read."""
+        with self._lock:
+            self._lines.append(line)
+
+    def lines(self, after: int) -> list[str]:
+        """Lines said since the first `after` ones."""
+        with self._lock:
+            return self._lines[after:]
+
+    def update(self, **fields: Any) -> None:
+        """Change fields of the status and write status.json."""
+        with self._lock:
+            self.status.update(fields)
+            self.write_status()
+
+    def write_status(self) -> None:
+        """Renew the lease: write status.json with the time of now."""
+        with self._lock:
+            self.status["updated_unix"] = time.time()
+            self.folder.write_text("status.json", json.dumps(self.status, indent=1))
+
+    def begin_attempt(self) -> int:
+        """Take the next attempt number of this run; no two controllers ever get the same one."""
+        taken = [int(name.split("-")[1].split(".")[0]) for name in self.folder.names("attempts")]
+        number = max(taken, default=0) + 1
+        while not self.folder.create(f"attempts/attempt-{number:03d}.json", json.dumps({"at": time.time()}).encode()):
+            number += 1
+        with self._lock:
+            self._attempt = number
+            self._reported.clear()
+        return number
+
+    def record_step(self, record: dict[str, Any]) -> None:
+        """One step of rank 0; steps of an attempt that is over are ignored."""
+        with self._lock:
+            if record["attempt"] != self._attempt:
+                return
+            self._metrics.append(json.dumps(record))
+            keep = ("step", "tokens", "loss", "tokens_per_second", "data_wait_seconds", "world_size", "attempt")
+            self.status.update({name: record[name] for name in keep})
+        every, step = self._config.tracking.log_every_steps, record["step"]
+        if step % every == 0 or step == self._config.train.steps or step == 1:
+            self.say(step_line(record, self._config.train.steps))
+
+    def record_rank_file(self, step: int, attempt: int, file: commit.RankFile, world_size: int, extra: dict) -> None:
+        """A rank has written its part of a checkpoint; the last one of a step commits it.
+
+        A commit that fails is reported and does not stop the run: the checkpoint before it stays the latest.
+        """
+        with self._lock:
+            if attempt != self._attempt:
+                return
+            files = self._reported.setdefault((step, attempt), {})
+            files[file.rank] = file
+            if len(files) < world_size:
+                return
+            del self._reported[(step, attempt)]
+        try:
+            commit.commit(self.checkpoints, step, attempt, list(files.values()), world_size, extra)
+            removed = commit.prune(self.checkpoints, self._config.checkpoint.keep)
+        except (StorageError, OSError) as error:
+            self.event("commit_failed", step=step, attempt=attempt, detail=str(error))
+            self.say(f"checkpoint of step {step} was not committed: {error}")
+            return
+        total = sum(part.bytes for part in files.values())
+        self.event("committed", step=step, attempt=attempt, bytes=total, removed=removed)
+        self.update(last_commit_step=step)
+
+    def close(self) -> None:
+        """Write everything out."""
+        self._metrics.close()
+        self._events.close()
+
+
+def step_line(record: dict[str, Any], steps: int) -> str:
+    """One dense line of progress, e.g. `step 120/300 (40%) loss 4.61 nll 4.13 ... eta 1m12s world 2`."""
+    step = record["step"]
+    eta = (steps - step) * record["step_seconds"]
+    wait = record["data_wait_seconds"] / record["step_seconds"]
+    return (
+        f"step {step}/{steps} ({step / steps:.0%}) loss {record['loss']:.3f} nll {record['nll']:.3f} "
+        f"gnorm {record['grad_norm']:.2f} lr {record['learning_rate']:.2e} tok/s {record['tokens_per_second']:,.0f} "
+        f"data {wait:.0%} mem {record['memory_bytes'] / 2**30:.2f}GiB eta {duration(eta)} world {record['world_size']}"
+    )
+
+
+def duration(seconds: float) -> str:
+    """Seconds as `1h02m`, `3m07s` or `12s`."""
+    whole = round(seconds)
+    if whole >= 3600:
+        return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+    return f"{whole // 60}m{whole % 60:02d}s" if whole >= 60 else f"{whole}s"

@@ -1,0 +1,236 @@
+"""One training rank, from checkpoint to loop to checkpoint; the process around it may be a Ray actor or a plain one."""
+
+from __future__ import annotations
+
+import logging
+import platform
+import resource
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any
+
+from cluster import commit
+from cluster.storage import SpooledText, Storage
+from configs.load import config_digest
+from configs.schema import RunConfig
+from data.batches import Batch
+from data.loader import Loader
+from data.manifest import Manifest, ShardInfo
+from jobs.loop import Course, LoopEnd, StepRecord, train
+from model.batch import ModelBatch
+from model.checkpoint import CheckpointReader, snapshot, write_snapshot
+from model.engine import Engine, create_engine
+from model.fragments import restore
+from model.schedule import learning_rate
+
+
+@dataclass(frozen=True)
+class RankTask:
+    """What one rank of one attempt is told."""
+
+    config: RunConfig
+    storage_url: str
+    run: str
+    data_folder: str
+    attempt: int
+    rank: int
+    world_size: int
+    resume_step: int | None
+
+
+class Messages:
+    """What a rank sends out; each process kind has its own. Methods must not block on the network."""
+
+    def step(self, record: dict[str, Any]) -> None:
+        """A step of rank 0 is done."""
+
+    def rank_file(self, step: int, attempt: int, file: commit.RankFile, world_size: int, extra: dict) -> None:
+        """This rank's part of a checkpoint lies in storage."""
+
+
+class RankReporter:
+    """The loop's reporter: sends steps, writes checkpoint files behind the training thread's back, hears stops."""
+
+    def __init__(self, engine: Engine, task: RankTask, manifest: Manifest, messages: Messages) -> None:
+        self._engine, self._task, self._manifest, self._messages = engine, task, manifest, messages
+        self._stop = threading.Event()
+        self._checkpoints = Storage(task.storage_url).child(task.run, "checkpoints")
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint-writer")
+        self._writing: Future | None = None
+
+    def request_stop(self) -> None:
+        """Ask the loop to commit and leave after the step it is in; may be called from any thread."""
+        self._stop.set()
+
+    def stop_requested(self) -> bool:
+        """Whether `request_stop` was called."""
+        return self._stop.is_set()
+
+    def on_step(self, record: StepRecord) -> None:
+        """Rank 0 speaks for all: loss, norm and tokens are global already."""
+        if self._task.rank == 0:
+            self._messages.step(record.as_dict())
+
+    def checkpoint(self, step: int, tokens: int) -> None:
+        """Copy the state now, upload it in the background; waits only if the previous upload is still going on."""
+        self._wait()
+        copies = snapshot(self._engine)
+        self._writing = self._writer.submit(self._write, copies, step, tokens)
+
+    def close(self) -> None:
+        """Wait for the last upload and pass on its error, if it had one."""
+        self._wait()
+        self._writer.shutdown()
+
+    def _wait(self) -> None:
+        if self._writing is not None:
+            self._writing.result()
+            self._writing = None
+
+    def _write(self, copies: Any, step: int, tokens: int) -> None:
+        task = self._task
+        file = write_snapshot(self._checkpoints, step, task.attempt, task.rank, copies)
+        extra = {
+            "run": task.run,
+            "tokens": tokens,
+            "samples": step * task.config.train.global_batch_sequences,
+            "data_digest": self._manifest.digest,
+            "tokenizer_digest": self._manifest.tokenizer_digest,
+            "vocabulary_size": self._manifest.vocabulary_size,
+            "config_digest": config_digest(task.config),
+            "model": task.config.model.model_dump(mode="json"),
+            "seed": task.config.run.seed,
+            "parallelism": task.config.parallelism.model_dump(mode="json"),
+            "parameters": self._engine.parameter_count,
+            "versions": versions(),
+        }
+        self._messages.rank_file(step, task.attempt, file, task.world_size, extra)
+
+
+def run_rank(
+    task: RankTask,
+    messages: Messages,
+    open_shard: Callable[[ShardInfo], str],
+    announce: Callable[[RankReporter], None],
+) -> LoopEnd:
+    """Train one attempt's share on one rank.
+
+    Expects RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT in the environment. `announce` receives the
+    reporter before the first step, so that a stop can be passed to it from another thread.
+    """
+    storage = Storage(task.storage_url)
+    config, manifest = task.config, Manifest.read(storage, task.data_folder)
+    checkpoints = storage.child(task.run, "checkpoints")
+    log = start_log(storage.child(task.run), task.rank)
+    logging.info("attempt %d rank %d of %d starts", task.attempt, task.rank, task.world_size)
+    engine = create_engine(config, manifest.vocabulary_size, manifest.pad_id)
+    reporter = RankReporter(engine, task, manifest, messages)
+    loader = None
+    try:
+        step, tokens = 0, 0
+        if task.resume_step is not None:
+            committed = commit.read_commit(checkpoints, task.resume_step)
+            restore(engine, CheckpointReader(checkpoints, committed))
+            step, tokens = committed.step, int(committed.manifest["tokens"])
+            logging.info("state of step %d restored", step)
+        loader = Loader(manifest, config, open_shard, task.rank, task.world_size, start_step=step)
+        announce(reporter)
+        course = Course(
+            first_step=step + 1,
+            last_step=config.train.steps,
+            tokens=tokens,
+            checkpoint_every=config.checkpoint.every_steps,
+            world_size=task.world_size,
+            attempt=task.attempt,
+        )
+
+        def rate(at: int) -> float:
+            return learning_rate(config.optimizer, config.model.d_model, at)
+
+        end = train(engine, TorchBatches(loader), rate, reporter, course, peak_memory_bytes)
+        reporter.close()
+        logging.info("attempt %d rank %d ends at step %d", task.attempt, task.rank, end.step)
+        return end
+    except BaseException:
+        logging.exception("attempt %d rank %d failed", task.attempt, task.rank)
+        raise
+    finally:
+        if loader is not None:
+            loader.close()
+        engine.close()
+        log.close()
+
+
+class TorchBatches:
+    """The loader's NumPy micro-batches as the engine's tensors, without a copy on CPU."""
+
+    def __init__(self, loader: Loader) -> None:
+        self._loader = loader
+
+    @property
+    def data_wait_seconds(self) -> float:
+        """Seconds that the latest step waited for data."""
+        return self._loader.data_wait_seconds
+
+    def next_step(self) -> list[ModelBatch]:
+        """Micro-batches of the next optimizer step."""
+        return [to_model(batch) for batch in self._loader.next_step()]
+
+
+def to_model(batch: Batch) -> ModelBatch:
+    """A data batch as the model's batch; arrays `[batch, sequence]` become tensors that share their memory."""
+    return ModelBatch.from_numpy(
+        batch.index,
+        (
+            batch.source_tokens,
+            batch.source_positions,
+            batch.source_segments,
+            batch.target_tokens,
+            batch.target_positions,
+            batch.target_segments,
+        ),
+        batch.labels,
+        batch.loss_weight,
+    )
+
+
+def peak_memory_bytes() -> int:
+    """Highest resident size of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def versions() -> dict[str, str]:
+    """Versions that a number may depend on; a package that is not installed here is left out."""
+    found = {"python": platform.python_version()}
+    for name in ("torch", "deepspeed", "ray", "pyarrow"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+class _LogLines(logging.Handler):
+    def __init__(self, text: SpooledText) -> None:
+        super().__init__()
+        self._text = text
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._text.append(self.format(record))
+
+    def close(self) -> None:
+        logging.getLogger().removeHandler(self)
+        self._text.close()
+        super().close()
+
+
+def start_log(folder: Storage, rank: int) -> logging.Handler:
+    """Send this process's log records to `logs/rank-RRRRR.log` of the run, without ANSI codes."""
+    handler = _LogLines(SpooledText(folder, f"logs/rank-{rank:05d}.log"))
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.getLogger().addHandler(handler)
+    logging.getLogger().setLevel(logging.INFO)
+    return handler

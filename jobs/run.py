@@ -1,0 +1,71 @@
+"""Entrypoint of a run's Ray job: `python -m jobs.run STORAGE/RUN [--stage NAME]`.
+
+A thin client: it creates or re-attaches to the run's controller, prints what the controller says, and exits with the
+run's outcome (0 finished, 1 failed, 3 stopped). SIGTERM asks the controller to commit and stop.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import threading
+
+import ray
+
+from cluster.environment import check_fingerprint
+from configs.errors import TelarError
+from jobs.controller import create_or_attach
+from jobs.stages import STAGES
+
+POLL_SECONDS = 0.5
+EXIT_CODES = {"finished": 0, "failed": 1, "stopped": 3}
+
+
+def main() -> int:
+    """Parse, attach, stream, tell the outcome."""
+    parser = argparse.ArgumentParser(prog="python -m jobs.run")
+    parser.add_argument("url", help="STORAGE/RUN, the folder that holds config.yaml")
+    parser.add_argument("--stage", choices=STAGES, help="run this stage only")
+    arguments = parser.parse_args()
+    storage_url, run = arguments.url.rstrip("/").rsplit("/", 1)
+    stop = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    check_fingerprint()
+    ray.init(namespace="telar", log_to_driver=False, logging_level="warning")
+    context = ray.get_runtime_context()
+    controller = create_or_attach(storage_url, run, os.environ.get("RAY_JOB_ID", context.get_job_id()), _dashboard())
+    outcome = controller.execute.remote([arguments.stage] if arguments.stage else list(STAGES))
+    try:
+        return EXIT_CODES[follow(controller, outcome, stop)]
+    finally:
+        ray.kill(controller)
+
+
+def follow(controller: ray.actor.ActorHandle, outcome: ray.ObjectRef, stop: threading.Event) -> str:
+    """Print the controller's lines until the outcome is there; pass a stop on once."""
+    printed, told = 0, False
+    while True:
+        done, _ = ray.wait([outcome], timeout=POLL_SECONDS)
+        if stop.is_set() and not told:
+            ray.get(controller.stop.remote("SIGTERM to the job's entrypoint"))
+            told = True
+        lines, _ = ray.get(controller.lines.remote(printed))
+        printed += len(lines)
+        for line in lines:
+            print(line, flush=True)
+        if done:
+            return ray.get(outcome)
+
+
+def _dashboard() -> str:
+    return f"http://{ray.get_runtime_context().gcs_address.split(':')[0]}"
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except TelarError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(error.exit_code)

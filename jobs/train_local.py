@@ -1,0 +1,162 @@
+"""`python -m jobs.train_local CONFIG`: the same training loop in plain processes, for a machine without Ray.
+
+Prepares the data in this process, starts `parallelism.data` rank processes, and keeps the run's books here. The run
+directory is the one that a Ray job writes, without evaluation and report.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import queue
+import signal
+import socket
+import sys
+import time
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cluster import commit
+from cluster.storage import Storage
+from configs.errors import ConfigError, TelarError
+from configs.load import load_config, to_yaml
+from configs.schema import RunConfig
+from data.manifest import Manifest
+from data.prepare import prepare
+from data.runners import serial
+from jobs.ledger import Ledger
+from jobs.rank import Messages, RankReporter, RankTask, run_rank
+from model.operators import operator_environment, prepare_operators
+
+
+class QueueMessages(Messages):
+    """Messages to the parent process through a multiprocessing queue."""
+
+    def __init__(self, outbox: Any) -> None:
+        self._outbox = outbox
+
+    def step(self, record: dict[str, Any]) -> None:
+        """Send a finished step."""
+        self._outbox.put(("step", record))
+
+    def rank_file(self, step: int, attempt: int, file: commit.RankFile, world_size: int, extra: dict) -> None:
+        """Send what this rank wrote."""
+        self._outbox.put(("file", (step, attempt, file, world_size, extra)))
+
+
+def rank_process(task: RankTask, environment: dict[str, str], outbox: Any) -> None:
+    """Body of one rank's process; SIGTERM asks it to commit and leave."""
+    os.environ.update(environment)
+    torch.set_num_threads(task.config.train.threads_per_rank)
+    from data.shard_server import plain_opener
+
+    def announce(reporter: RankReporter) -> None:
+        signal.signal(signal.SIGTERM, lambda *_: reporter.request_stop())
+
+    storage = Storage(task.storage_url)
+    manifest = Manifest.read(storage, task.data_folder)
+    run_rank(task, QueueMessages(outbox), plain_opener(storage, manifest), announce)
+
+
+def train_locally(config: RunConfig, storage: Storage, run: str) -> int:
+    """Prepare and train; returns the exit code (0 finished, 1 a rank failed)."""
+    ledger = Ledger(storage, run, config)
+    manifest = prepare(config, storage, serial, print)
+    operators = prepare_operators()
+    print(operators.message)
+    latest, damaged = commit.latest(ledger.checkpoints)
+    for message in damaged:
+        print(message)
+    attempt, world_size = ledger.begin_attempt(), config.parallelism.data
+    context = multiprocessing.get_context("spawn")
+    outbox = context.Queue()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    processes = []
+    for rank in range(world_size):
+        environment = {
+            "RANK": str(rank),
+            "WORLD_SIZE": str(world_size),
+            "LOCAL_RANK": str(rank),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "OMP_NUM_THREADS": str(config.train.threads_per_rank),
+            **operator_environment(operators.mode),
+        }
+        if config.cluster.device == "cpu" or not torch.cuda.is_available():
+            environment["DS_ACCELERATOR"] = "cpu"
+        step = latest.step if latest else None
+        task = RankTask(config, storage.url, run, manifest.folder, attempt, rank, world_size, step)
+        processes.append(context.Process(target=rank_process, args=(task, environment, outbox), name=f"rank-{rank}"))
+    ledger.update(state="training", stage="train", attempt=attempt, world_size=world_size)
+    for process in processes:
+        process.start()
+    printed = 0
+    try:
+        while any(process.is_alive() for process in processes):
+            _drain(outbox, ledger)
+            lines = ledger.lines(printed)
+            printed += len(lines)
+            for line in lines:
+                print(line, flush=True)
+            if any(process.exitcode for process in processes):
+                break
+            wait([process.sentinel for process in processes if process.is_alive()], timeout=0.2)
+    finally:
+        for process in processes:
+            if process.is_alive() and any(other.exitcode for other in processes):
+                process.kill()
+            process.join()
+    _drain(outbox, ledger)
+    for line in ledger.lines(printed):
+        print(line, flush=True)
+    failed = [process.name for process in processes if process.exitcode]
+    done = commit.latest(ledger.checkpoints)[0]
+    finished = not failed and done is not None and done.step >= config.train.steps
+    ledger.update(state="finished" if finished else "failed" if failed else "stopped")
+    ledger.close()
+    if failed:
+        print(f"error: {', '.join(failed)} failed; see {ledger.folder.url}/logs", file=sys.stderr)
+        return 1
+    return 0 if finished else 3
+
+
+def _drain(outbox: Any, ledger: Ledger) -> None:
+    while True:
+        try:
+            kind, payload = outbox.get(timeout=0.05)
+        except queue.Empty:
+            return
+        if kind == "step":
+            ledger.record_step(payload)
+        else:
+            ledger.record_rank_file(*payload)
+
+
+def main() -> int:
+    """Parse, prepare, train."""
+    parser = argparse.ArgumentParser(prog="python -m jobs.train_local", description=__doc__)
+    parser.add_argument("config")
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", dest="overrides")
+    parser.add_argument("--resume", action="store_true", help="continue the run of that name from its last commit")
+    arguments = parser.parse_args()
+    config = load_config(arguments.config, arguments.overrides)
+    storage = Storage(config.run.storage)
+    run = config.run.name or f"{Path(arguments.config).stem}-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}"
+    if storage.exists(f"{run}/config.yaml") and not arguments.resume:
+        raise ConfigError(f"run.name: {run!r} exists in {storage.url}; choose another name or pass --resume")
+    storage.write_text(f"{run}/config.yaml", to_yaml(config))
+    return train_locally(config, storage, run)
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except TelarError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
