@@ -29,7 +29,7 @@ HEARTBEAT_SECONDS = 1.0
 class Controller:
     """One run. `execute` walks the stages in one thread of the actor; the other methods answer meanwhile."""
 
-    def __init__(self, storage_url: str, run: str, job_id: str, dashboard_url: str) -> None:
+    def __init__(self, storage_url: str, run: str, job_id: str, dashboard_url: str | None) -> None:
         check_fingerprint()
         self._storage, self._run = Storage(storage_url), run
         self._config = read_config(self._storage, run)
@@ -125,7 +125,7 @@ def read_config(storage: Storage, run: str) -> RunConfig:
     return parse_config(yaml.safe_load(text), f"{run}/config.yaml")
 
 
-def create_or_attach(storage_url: str, run: str, job_id: str, dashboard_url: str) -> Any:
+def create_or_attach(storage_url: str, run: str, job_id: str, dashboard_url: str | None) -> Any:
     """The run's controller actor, created detached where there is none."""
     return (
         ray.remote(Controller)

@@ -14,7 +14,7 @@ import threading
 
 import ray
 
-from cluster.environment import check_fingerprint
+from cluster.environment import DASHBOARD_VARIABLE, JOB_ID_VARIABLE, check_fingerprint
 from configs.errors import TelarError
 from jobs.controller import create_or_attach
 from jobs.stages import STAGES
@@ -34,8 +34,8 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
     check_fingerprint()
     ray.init(namespace="telar", log_to_driver=False, logging_level="warning")
-    context = ray.get_runtime_context()
-    controller = create_or_attach(storage_url, run, os.environ.get("RAY_JOB_ID", context.get_job_id()), _dashboard())
+    job_id = os.environ.get(JOB_ID_VARIABLE, ray.get_runtime_context().get_job_id())
+    controller = create_or_attach(storage_url, run, job_id, os.environ.get(DASHBOARD_VARIABLE))
     outcome = controller.execute.remote([arguments.stage] if arguments.stage else list(STAGES))
     try:
         return EXIT_CODES[follow(controller, outcome, stop)]
@@ -57,10 +57,6 @@ def follow(controller: ray.actor.ActorHandle, outcome: ray.ObjectRef, stop: thre
             print(line, flush=True)
         if done:
             return ray.get(outcome)
-
-
-def _dashboard() -> str:
-    return f"http://{ray.get_runtime_context().gcs_address.split(':')[0]}"
 
 
 if __name__ == "__main__":

@@ -112,6 +112,8 @@ class TrainStage:
                 local_rank = 0 if resources.gpus else seen[place["node"]]
                 seen[place["node"]] += 1
                 running.append(worker.train.remote(task, master, local_rank, self._controller, servers))
+            pids = [place["pid"] for place in places]
+            self._ledger.event("ranks_started", attempt=attempt, pids=pids, nodes=[place["node"] for place in places])
             self._ledger.say(f"attempt {attempt}: {world_size} ranks train from step {start}")
             if self._stopping:
                 self.stop()

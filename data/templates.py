@@ -1,0 +1,92 @@
+"""Turning a record (named strings) into the encoder's text and the text to predict."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Collection, Mapping
+
+from configs.errors import DataError
+from configs.schema import CorpusSection
+
+# A continuation's first source holds at most this many characters per encoder position; text has more than one
+# character per token, so the first source stays near the encoder's capacity.
+CONTINUATION_CHARACTERS_PER_TOKEN = 2
+
+
+def where(corpus: CorpusSection, field: str) -> str:
+    """How messages name a field of a corpus: `data.corpora[NAME].FIELD`."""
+    return f"data.corpora[{corpus.name}].{field}"
+
+
+class Template:
+    """One parsed template: literal text and field names in braces; `{{` and `}}` stand for braces."""
+
+    def __init__(self, corpus: CorpusSection, field: str) -> None:
+        self._where = where(corpus, field)
+        text = getattr(corpus, field)
+        try:
+            parts = list(string.Formatter().parse(text))
+        except ValueError as error:
+            raise DataError(
+                f"{self._where}: {text!r} is no template ({error}); write field names in single braces and literal "
+                "braces twice"
+            ) from error
+        self._parts = [(literal, name) for literal, name, _, _ in parts]
+        for _, name, spec, conversion in parts:
+            if name is not None and (not name or spec or conversion):
+                raise DataError(f"{self._where}: {text!r} has a brace pair that is not a plain field name")
+        self.fields = tuple(dict.fromkeys(name for _, name in self._parts if name is not None))
+
+    def check(self, available: Collection[str], origin: str) -> None:
+        """Raise DataError when a field is named that records of `origin` lack; the message lists those there are."""
+        for name in self.fields:
+            if name not in available:
+                raise DataError(
+                    f"{self._where}: the template names {{{name}}}, which records of {origin} lack; fields there: "
+                    f"{', '.join(sorted(available)) or 'none'}"
+                )
+
+    def render(self, record: Mapping[str, str]) -> str:
+        """The text for one record that has all fields."""
+        return "".join(literal + (record[name] if name is not None else "") for literal, name in self._parts)
+
+
+class PairTemplate:
+    """Source and target templates of a corpus."""
+
+    def __init__(self, corpus: CorpusSection, source_tokens: int) -> None:
+        self._continuation = corpus.continuation
+        self._most_characters = CONTINUATION_CHARACTERS_PER_TOKEN * source_tokens
+        self._source, self._target = Template(corpus, "source"), Template(corpus, "target")
+        if not self._target.fields:
+            raise DataError(f"{where(corpus, 'target')}: the template names no field, so every target would be equal")
+        if not self._continuation and not corpus.source:
+            raise DataError(
+                f"{where(corpus, 'source')}: empty; give the encoder a template, or set continuation: true for prose"
+            )
+
+    def check(self, available: Collection[str], origin: str) -> None:
+        """Raise DataError when records with the fields `available` cannot be rendered."""
+        self._source.check(available, origin)
+        self._target.check(available, origin)
+
+    def render(self, record: Mapping[str, str]) -> tuple[str, str] | None:
+        """(source, target), or None when the target's fields, the source or the target are empty."""
+        if not all(record[name].strip() for name in self._target.fields):
+            return None
+        source, target = self._source.render(record), self._target.render(record)
+        if self._continuation:
+            first, target = cut_in_two(target, self._most_characters)
+            source += first
+        return (source, target) if source.strip() and target.strip() else None
+
+
+def cut_in_two(text: str, most_characters: int) -> tuple[str, str]:
+    """Cut before white space, as near below half of `text` (or `most_characters`) as possible.
+
+    The parts joined are `text`; the first is empty when there is no white space to cut at.
+    """
+    place = min(len(text) // 2, most_characters)
+    while place > 0 and not (text[place].isspace() and not text[place - 1].isspace()):
+        place -= 1
+    return text[:place], text[place:]

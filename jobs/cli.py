@@ -1,0 +1,311 @@
+"""The `telar` command: verbs and their options. Each body imports what it needs, so that `telar --help` is fast.
+
+Exit codes: 0 ok, 1 failed, 2 usage or configuration, 3 stopped, 4 no cluster answers (130 after Ctrl-C).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+import click
+
+from configs.errors import TelarError
+
+STAGE_NAMES = ("prepare", "train", "evaluate", "report")
+
+as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object (follow output goes to stderr).")
+storage = click.option("--storage", metavar="URL", help="Folder or fsspec URL of runs (TELAR_STORAGE, run.storage).")
+address = click.option("--address", metavar="URL", help="Dashboard of a running cluster, e.g. http://host:8265.")
+overrides = click.option(
+    "--set", "overrides", multiple=True, metavar="A.B=C", help="Change a field of the configuration; may be repeated."
+)
+embedded = click.option(
+    "--embedded", is_flag=True, help="Use the cluster on this machine, whatever RAY_ADDRESS and the configuration say."
+)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+def cli() -> None:
+    """Train and evaluate a transformer on a Ray cluster from one YAML file.
+
+    RUN is a run's name or its URL.
+    """
+
+
+@cli.command()
+@click.option("--address", metavar="URL", help="Also check this cluster.")
+@storage
+@as_json
+def doctor(address: str | None, storage: str | None, as_json: bool) -> None:
+    """Check versions, hardware, storage, ports and cluster; say what to fix."""
+    from jobs.doctor import examine
+
+    checks = examine(storage, address)
+    _print(
+        as_json,
+        {"ok": all(check.state != "fail" for check in checks), "checks": [check.as_dict() for check in checks]},
+        "\n".join(check.as_line() for check in checks),
+    )
+    sys.exit(1 if any(check.state == "fail" for check in checks) else 0)
+
+
+@cli.command()
+@click.argument("config", required=False)
+@click.option("--resume", metavar="RUN", help="Continue this run with its stored configuration and --set.")
+@click.option("--stage", type=click.Choice(STAGE_NAMES), help="Run this stage only.")
+@click.option("--wait", is_flag=True, help="Follow the job to its end; the exit code is its outcome.")
+@click.option("--down", is_flag=True, help="With --wait: end the embedded cluster if this command started it.")
+@address
+@embedded
+@storage
+@overrides
+@as_json
+def submit(
+    config: str | None,
+    resume: str | None,
+    stage: str | None,
+    wait: bool,
+    down: bool,
+    address: str | None,
+    embedded: bool,
+    storage: str | None,
+    overrides: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Submit a run as a Ray job: prepare, train, evaluate, report; stages that are done are skipped."""
+    if down and not wait:
+        raise click.UsageError("--down ends the cluster after the job, so it needs --wait; or use `telar down`")
+    from jobs.commands.submitting import Request
+
+    request = Request(config, overrides, resume, storage, address, embedded, stage)
+    _submit(request, wait, down, as_json)
+
+
+@cli.command()
+@click.argument("config")
+@address
+@embedded
+@storage
+@overrides
+@as_json
+def prepare(
+    config: str, address: str | None, embedded: bool, storage: str | None, overrides: tuple[str, ...], as_json: bool
+) -> None:
+    """Prepare data and tokenizer only (the job's first stage), and wait for it."""
+    from jobs.commands.submitting import Request
+
+    request = Request(config, overrides, None, storage, address, embedded, stage="prepare")
+    _submit(request, wait=True, down=False, as_json=as_json)
+
+
+def _submit(request: Any, wait: bool, down: bool, as_json: bool) -> None:
+    from jobs.commands.submitting import submit
+
+    submitted = submit(request, lambda line: click.echo(line, err=True))
+    result = submitted.as_dict()
+    if not wait:
+        _print(as_json, result, submitted.as_text())
+        return
+    if not as_json:
+        click.echo(submitted.as_text())
+    from jobs.commands.following import INTERRUPTED, follow_job
+
+    code = follow_job(submitted.jobs, submitted.place, submitted.job_id, _writer(to_stderr=as_json))
+    if down and code != INTERRUPTED and submitted.started_cluster:
+        from jobs.commands.clusters import take_down
+
+        click.echo(take_down(force=False)["message"], err=True)
+    if as_json:
+        _print(True, {**result, "exit_code": code, "status": submitted.place.status()}, "")
+    sys.exit(code)
+
+
+@cli.command()
+@click.argument("run", required=False)
+@storage
+@as_json
+def status(run: str | None, storage: str | None, as_json: bool) -> None:
+    """State of a run, from storage; exit code 1 if it failed, 3 if it was stopped. Without RUN: all runs."""
+    from jobs.commands import runs
+
+    if run is None:
+        _list(storage, as_json)
+        return
+    place = runs.locate(run, storage)
+    current = place.status()
+    result = {"run": place.name, "url": place.url, "state": runs.state_of(current), "status": current}
+    _print(as_json, result, runs.summary(place.name, current) + f"\nfiles {place.url}")
+    sys.exit(runs.TERMINAL.get(result["state"], 0))
+
+
+@cli.command(name="list")
+@storage
+@as_json
+def list_runs(storage: str | None, as_json: bool) -> None:
+    """Runs in the storage, newest first."""
+    _list(storage, as_json)
+
+
+def _list(storage: str | None, as_json: bool) -> None:
+    from jobs.commands import runs
+
+    where = runs.storage_for(storage)
+    found = [(name, runs.RunPlace(where, name).status()) for name in runs.names(where)]
+    found.sort(key=lambda entry: (entry[1] or {}).get("started_unix", float("inf")), reverse=True)
+    rows = [
+        {"run": name, "state": runs.state_of(current), "step": (current or {}).get("step"), "status": current}
+        for name, current in found
+    ]
+    lines = [runs.summary(name, current).split("\n")[0] for name, current in found]
+    _print(as_json, {"storage": where.url, "runs": rows}, "\n".join(lines) or f"no runs in {where.url}")
+
+
+@cli.command()
+@click.argument("run")
+@address
+@storage
+@as_json
+def watch(run: str, address: str | None, storage: str | None, as_json: bool) -> None:
+    """Show a run's progress until it ends; the exit code is its outcome."""
+    from jobs.commands import following, runs
+
+    place = runs.locate(run, storage)
+    live = sys.stdout.isatty() and not as_json
+    code = following.watch(place, address, live, lambda line: click.echo(line, err=as_json))
+    if as_json:
+        _print(True, {"run": place.name, "exit_code": code, "status": place.status()}, "")
+    sys.exit(code)
+
+
+@cli.command()
+@click.argument("run")
+@click.option("-f", "--follow", is_flag=True, help="Go on until the run ends.")
+@click.option("--rank", type=click.IntRange(min=0), help="The log of one training rank instead of the job's.")
+@address
+@storage
+@as_json
+def logs(run: str, follow: bool, rank: int | None, address: str | None, storage: str | None, as_json: bool) -> None:
+    """What a run printed: the job's own lines, or one rank's log."""
+    from jobs.commands import following, runs
+
+    place, parts = runs.locate(run, storage), []
+    write = parts.append if as_json else _writer(to_stderr=False)
+    if rank is None:
+        code = following.job_logs(place, address, follow, write)
+    else:
+        code = following.rank_logs(place, rank, follow, write)
+    if as_json:
+        _print(True, {"run": place.name, "rank": rank, "text": "".join(parts), "exit_code": code}, "")
+    sys.exit(code)
+
+
+@cli.command()
+@click.argument("run")
+@click.option("--now", is_flag=True, help="Do not wait for a checkpoint: end the job's entrypoint through Ray.")
+@click.option(
+    "--timeout", type=click.FloatRange(min=1), default=600.0, show_default=True, help="Longest wait, seconds."
+)
+@address
+@storage
+@as_json
+def stop(run: str, now: bool, timeout: float, address: str | None, storage: str | None, as_json: bool) -> None:
+    """Commit a checkpoint and stop a run; `telar submit --resume RUN` continues it."""
+    from jobs.commands import following, runs
+
+    place = runs.locate(run, storage)
+    before = runs.state_of(place.status())
+    state = following.stop(place, address, now, timeout, lambda line: click.echo(line, err=True))
+    note = "had ended before: " if before in runs.TERMINAL else ""
+    _print(as_json, {"run": place.name, "state": state}, f"run {place.name}: {note}{state}")
+
+
+@cli.command()
+@click.argument("run")
+@storage
+@as_json
+def report(run: str, storage: str | None, as_json: bool) -> None:
+    """Write RUN/report.html anew from the run's files."""
+    from jobs.commands import runs
+    from jobs.report import write_report
+
+    place = runs.locate(run, storage)
+    write_report(place.storage, place.name)
+    _print(as_json, {"run": place.name, "report": f"{place.url}/report.html"}, f"{place.url}/report.html")
+
+
+@cli.command()
+@click.option("--cpus", type=click.IntRange(min=1), help="Logical CPUs; may exceed the cores.")
+@click.option("--dashboard-port", type=click.IntRange(1024, 65535), help="First port tried for the dashboard.")
+@as_json
+def up(cpus: int | None, dashboard_port: int | None, as_json: bool) -> None:
+    """Start the embedded cluster, or show the one that runs."""
+    from jobs.commands.clusters import bring_up
+
+    result = bring_up(cpus, dashboard_port)
+    _print(as_json, result, result["message"])
+
+
+@cli.command()
+@click.option("--force", is_flag=True, help="Also when jobs are running on it.")
+@as_json
+def down(force: bool, as_json: bool) -> None:
+    """End the embedded cluster."""
+    from jobs.commands.clusters import take_down
+
+    result = take_down(force)
+    _print(as_json, result, result["message"])
+
+
+def _print(as_json: bool, result: dict[str, Any], text: str) -> None:
+    click.echo(json.dumps(result, indent=1, default=str) if as_json else text)
+
+
+def _writer(to_stderr: bool) -> Callable[[str], None]:
+    stream = sys.stderr if to_stderr else sys.stdout
+
+    def write(text: str) -> None:
+        stream.write(text)
+        stream.flush()
+
+    return write
+
+
+def _fail(message: str, exit_code: int) -> int:
+    if "--json" in sys.argv[1:]:
+        click.echo(json.dumps({"error": message, "exit_code": exit_code}))
+    click.echo(f"error: {message}", err=True)
+    return exit_code
+
+
+def _unexpected(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Last resort for errors that nobody foresaw: one line, and the traceback when TELAR_DEBUG=1 asks for it."""
+    if os.environ.get("TELAR_DEBUG") == "1":
+        traceback.print_exception(kind, error, trace)
+    _fail(f"{kind.__name__}: {error} (a fault in Telar; TELAR_DEBUG=1 shows where)", 1)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    sys.excepthook = _unexpected
+    try:
+        code = cli.main(prog_name="telar", standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
+    except click.UsageError as error:
+        hint = f"; see `{error.ctx.command_path} --help`" if error.ctx else ""
+        sys.exit(_fail(error.format_message() + hint, 2))
+    except (click.Abort, KeyboardInterrupt):
+        sys.exit(_fail("interrupted", 130))
+    except TelarError as error:
+        if os.environ.get("TELAR_DEBUG") == "1":
+            traceback.print_exc()
+        sys.exit(_fail(str(error), error.exit_code))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,284 @@
+"""`telar submit` and `telar prepare`: from a configuration file to a Ray job, with nothing left when that fails."""
+
+from __future__ import annotations
+
+import getpass
+import glob
+import json
+import os
+import secrets
+import shlex
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from fsspec.core import split_protocol
+
+from cluster import local
+from cluster.authentication import COOKIE, token_path
+from cluster.environment import DASHBOARD_VARIABLE, JOB_ID_VARIABLE, ROOT, runtime_env
+from cluster.inventory import check_capacity, check_storage_is_shared
+from cluster.storage import Storage, absolute_url
+from configs.errors import ConfigError, StorageError
+from configs.load import apply_overrides, changed_fields, config_digest, load_config, parse_config, to_yaml
+from configs.schema import RunConfig
+from jobs.commands.addresses import given_address
+from jobs.commands.runs import STOP_REQUEST, RunPlace, locate, state_of, storage_for
+
+if TYPE_CHECKING:
+    from jobs.submit import Jobs
+
+CHANGEABLE = ("cluster", "parallelism", "elastic", "evaluate", "tracking", "checkpoint", "train.steps")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the command line asked for."""
+
+    config: str | None
+    overrides: Sequence[str] = ()
+    resume: str | None = None
+    storage: str | None = None
+    address: str | None = None
+    embedded: bool = False
+    stage: str | None = None
+    entrypoint: str | None = field(default=None)
+
+
+@dataclass(frozen=True)
+class Submitted:
+    """A job that a cluster has taken."""
+
+    place: RunPlace
+    job_id: str
+    jobs: Jobs
+    started_cluster: bool
+    ray_command: str
+
+    def as_dict(self) -> dict[str, Any]:
+        """For --json."""
+        return {
+            "run": self.place.name,
+            "url": self.place.url,
+            "job_id": self.job_id,
+            "dashboard_url": self.jobs.address.url,
+            "embedded": self.jobs.address.embedded,
+            "started_cluster": self.started_cluster,
+            "ray_command": self.ray_command,
+        }
+
+    def as_text(self) -> str:
+        """For people: what was submitted, where to look and what to type next."""
+        address, run = self.jobs.address, shlex.quote(_shortest_name(self.place))
+        login = ""
+        if address.embedded:
+            login = f"  (asks for a token, or set cookie {COOKIE}: cat {shlex.quote(str(token_path()))})"
+        return (
+            f"run        {self.place.name}\n"
+            f"files      {self.place.url}\n"
+            f"job        {self.job_id}\n"
+            f"dashboard  {address.url}/#/jobs/{self.job_id}{login}\n"
+            f"the same with Ray's own command line:\n  {self.ray_command}\n"
+            f"next:\n  telar watch {run}\n  telar logs -f {run}\n  telar stop {run}"
+        )
+
+
+def submit(request: Request, say: Callable[[str], None]) -> Submitted:
+    """Check everything that can be checked, write RUN/config.yaml, submit; undo both when the job is not taken."""
+    place, config = _resumed(request) if request.resume else _fresh(request)
+    given = given_address(request.address, config, request.embedded)
+    config = config.model_copy(
+        update={"cluster": config.cluster.model_copy(update={"address": given[0] if given else None})}
+    )
+    probe_storage(place.storage)
+    cluster = None
+    if given is None:
+        cluster = local.start(config.cluster)
+        if cluster.started_by_us:
+            say(f"started the embedded cluster: {cluster.dashboard_url}, {cluster.logical_cpus} logical CPUs")
+    try:
+        jobs = _connect(given, cluster)
+        nodes = jobs.nodes()
+        where = "the embedded cluster" if cluster else f"the cluster at {jobs.address.url}"
+        check_capacity(config, nodes, where, embedded=cluster is not None)
+        check_storage_is_shared(config, nodes, place.storage.is_local, embedded=cluster is not None)
+        if request.resume:
+            _refuse_running(jobs, place)
+        with _written(place, config, resumed=request.resume is not None):
+            job_id, ray_command = _send(request, place, config, jobs)
+    except BaseException:
+        if cluster is not None and cluster.started_by_us:
+            local.stop()
+        raise
+    return Submitted(place, job_id, jobs, cluster is not None and cluster.started_by_us, ray_command)
+
+
+def _connect(given: tuple[str, str] | None, cluster: local.LocalCluster | None) -> Jobs:
+    from jobs.submit import Address, Jobs
+
+    if cluster is not None:
+        return Jobs(Address(cluster.dashboard_url, "the embedded cluster", embedded=True))
+    assert given is not None
+    return Jobs(Address(*given))
+
+
+def _fresh(request: Request) -> tuple[RunPlace, RunConfig]:
+    if request.config is None:
+        raise ConfigError("CONFIG: name a configuration file, or continue a run with --resume RUN")
+    config = load_config(request.config, request.overrides)
+    storage = storage_for(request.storage, config)
+    name = config.run.name or f"{Path(request.config).stem}-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}"
+    if name == "data":
+        raise ConfigError("run.name: 'data' is where prepared data lies in every storage; choose another name")
+    if storage.exists(name):
+        raise ConfigError(
+            f"run.name: run {name!r} exists in {storage.url}; choose another name, or continue it with "
+            f"`telar submit --resume {name}`"
+        )
+    embedded = given_address(request.address, config, request.embedded) is None
+    tree = json.loads(config.model_dump_json())
+    tree["run"].update(name=name, storage=storage.url)
+    folder = str(Path(request.config).absolute().parent)
+    for corpus in tree["data"]["corpora"]:
+        corpus["path"] = absolute_url(corpus["path"], base=folder)
+        _check_path(corpus["path"], f"data.corpora.{corpus['name']}.path", embedded)
+    tokenizer = tree["data"]["tokenizer"]
+    if tokenizer.get("path"):
+        tokenizer["path"] = absolute_url(tokenizer["path"], base=folder)
+        _check_path(tokenizer["path"], "data.tokenizer.path", embedded)
+    return RunPlace(storage, name), parse_config(tree, request.config)
+
+
+def _check_path(path: str, where: str, embedded: bool) -> None:
+    """A local file or folder must be here; the machines of another cluster may have what this one lacks."""
+    if embedded and split_protocol(path)[0] is None and not glob.glob(path, recursive=True):  # noqa: PTH207
+        raise ConfigError(f"{where}: {path} does not exist; paths are relative to the configuration file")
+
+
+def _resumed(request: Request) -> tuple[RunPlace, RunConfig]:
+    if request.config is not None:
+        raise ConfigError(
+            "CONFIG: --resume continues with the run's stored configuration; leave CONFIG out and change fields with "
+            "--set"
+        )
+    place = locate(request.resume or "", request.storage)
+    text = place.storage.read_text(f"{place.name}/config.yaml")
+    origin = f"{place.url}/config.yaml"
+    old = parse_config(yaml.safe_load(text), origin)
+    new = parse_config(apply_overrides(yaml.safe_load(text), request.overrides), origin)
+    for name in changed_fields(old, new):
+        if not any(name == allowed or name.startswith(f"{allowed}.") for allowed in CHANGEABLE):
+            raise ConfigError(
+                f"{name}: cannot change when a run is resumed; only {', '.join(CHANGEABLE)} may; start a new run "
+                "for another value"
+            )
+    return place, new
+
+
+def _refuse_running(jobs: Jobs, place: RunPlace) -> None:
+    details = jobs.of_run(place.url)
+    if details is not None and not details.status.is_terminal():
+        raise ConfigError(
+            f"--resume: run {place.name!r} is going on (job {details.submission_id}, {state_of(place.status())}); "
+            f"follow it with `telar watch {place.name}` or stop it first"
+        )
+
+
+def probe_storage(storage: Storage) -> None:
+    """Write and remove a small object; raises StorageError naming run.storage and the path when that fails."""
+    name = f"telar-probe-{uuid.uuid4().hex}"
+    new_folder = Path(storage.url) if storage.is_local and not Path(storage.url).exists() else None
+    try:
+        storage.write_bytes(name, b"probe")
+        storage.remove(name)
+        if new_folder is not None:
+            new_folder.rmdir()
+    except (StorageError, OSError) as error:
+        raise StorageError(
+            f"run.storage: {storage.url} cannot be written: {error.__cause__ or error}; choose a folder or URL that "
+            "you may write with --storage, TELAR_STORAGE or run.storage"
+        ) from error
+
+
+@contextmanager
+def _written(place: RunPlace, config: RunConfig, resumed: bool) -> Iterator[None]:
+    """Write the run's config.yaml; put everything back as it was when the block fails.
+
+    A resumed run loses its old status and stop request: nobody shall take its last job's outcome for this one's.
+    """
+    storage, path = place.storage, f"{place.name}/config.yaml"
+    if not resumed:
+        if not storage.create(path, to_yaml(config).encode()):
+            raise ConfigError(
+                f"run.name: run {place.name!r} has just been created by another command; choose another name"
+            )
+        try:
+            yield
+        except BaseException:
+            storage.remove(place.name)
+            raise
+        return
+    kept = {path: storage.read_text(path)}
+    status = f"{place.name}/status.json"
+    if storage.exists(status):
+        kept[status] = storage.read_text(status)
+    try:
+        storage.remove(f"{place.name}/{STOP_REQUEST}")
+        storage.remove(status)
+        storage.write_text(path, to_yaml(config))
+        yield
+    except BaseException:
+        for name, text in kept.items():
+            storage.write_text(name, text)
+        raise
+
+
+def _send(request: Request, place: RunPlace, config: RunConfig, jobs: Jobs) -> tuple[str, str]:
+    python = shlex.quote(sys.executable) if jobs.address.embedded else "python"
+    entrypoint = request.entrypoint or f"{python} -m jobs.run {shlex.quote(place.url)}"
+    if request.stage:
+        entrypoint += f" --stage {request.stage}"
+    environment = runtime_env(config)
+    metadata = {
+        "run": place.name,
+        "kind": request.stage or "run",
+        "config_digest": config_digest(config),
+        "user": _user(),
+        "url": place.url,
+    }
+    job_id = f"{place.name}-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(2)}"
+    identity = {JOB_ID_VARIABLE: job_id, DASHBOARD_VARIABLE: jobs.address.url}
+    sent = {**environment, "env_vars": {**environment["env_vars"], **identity}}
+    jobs.submit(entrypoint, sent, metadata, job_id)
+    return job_id, _ray_command(jobs, entrypoint, environment, metadata)
+
+
+def _ray_command(jobs: Jobs, entrypoint: str, environment: dict, metadata: dict[str, str]) -> str:
+    """The `ray job submit` line that submits the same job, ready for a shell."""
+    ray = Path(sys.executable).with_name("ray")
+    words = [f"RAY_API_SERVER_ADDRESS={shlex.quote(jobs.address.url)}"]
+    if jobs.address.embedded:
+        words += ["RAY_AUTH_MODE=token", f"RAY_AUTH_TOKEN_PATH={shlex.quote(str(token_path()))}"]
+    words += [shlex.quote(str(ray)) if ray.exists() else "ray", "job", "submit"]
+    words += ["--working-dir", shlex.quote(str(ROOT))]
+    words += ["--runtime-env-json", shlex.quote(json.dumps({"env_vars": environment["env_vars"]}))]
+    words += ["--metadata-json", shlex.quote(json.dumps(metadata)), "--", entrypoint]
+    return " ".join(words)
+
+
+def _shortest_name(place: RunPlace) -> str:
+    """The run's name where the commands find it without --storage, else its URL."""
+    return place.name if storage_for(None).url == place.storage.url else place.url
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return str(os.getuid())

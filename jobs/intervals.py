@@ -1,0 +1,62 @@
+"""Bootstrap confidence intervals over records: 95%, percentile method (Efron and Tibshirani 1993, section 13.3)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+LEVEL = 0.95
+CHUNK_COUNTS = 4_000_000
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A figure over `n` records with the bounds of its 95% interval."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+
+def ratio_interval(
+    numerators: np.ndarray,
+    denominators: np.ndarray,
+    rounds: int,
+    seed: int,
+    strata: np.ndarray | None = None,
+) -> Interval:
+    """sum(numerators) / sum(denominators) with the interval that resampling of records gives.
+
+    Both arrays are `[records]`; records are drawn with replacement, within each stratum when `strata` (one label per
+    record) is given. Two calls with one seed, one `rounds` and equal strata draw the same records. Raises ValueError
+    when there is no record or the denominators sum to zero.
+    """
+    numerators = np.asarray(numerators, dtype=np.float64)
+    denominators = np.asarray(denominators, dtype=np.float64)
+    if numerators.size == 0 or denominators.sum() == 0:
+        raise ValueError("no records to average over")
+    groups = [np.arange(numerators.size)]
+    if strata is not None:
+        labels = np.asarray(strata)
+        groups = [np.flatnonzero(labels == label) for label in np.unique(labels)]
+    generator = np.random.default_rng(seed)
+    tops, bottoms = np.zeros(rounds), np.zeros(rounds)
+    for group in groups:
+        step = max(1, CHUNK_COUNTS // group.size)
+        for start in range(0, rounds, step):
+            size = min(step, rounds - start)
+            drawn = generator.multinomial(group.size, np.full(group.size, 1.0 / group.size), size=size)
+            tops[start : start + size] += drawn @ numerators[group]
+            bottoms[start : start + size] += drawn @ denominators[group]
+    ratios = tops[bottoms != 0] / bottoms[bottoms != 0]
+    low, high = np.quantile(ratios, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    value = numerators.sum() / denominators.sum()
+    return Interval(float(value), float(low), float(high), int(numerators.size))
+
+
+def mean_interval(values: np.ndarray, rounds: int, seed: int) -> Interval:
+    """The mean of one value per record with its interval; raises ValueError when there is no record."""
+    values = np.asarray(values, dtype=np.float64)
+    return ratio_interval(values, np.ones(values.size), rounds, seed)

@@ -1,0 +1,154 @@
+"""From answered slices to results.json: cells, what failed or is missing, samples, and lines for the terminal."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from configs.schema import RunConfig
+from jobs.slices import Slice
+from jobs.tasks.base import Example, Metric, Row, Task, TrainingFacts
+from jobs.tasks.likelihood import likelihood_metrics
+from jobs.tasks.registry import TASKS
+
+ERROR_RATE_LIMIT = 0.05
+OVERALL = "all corpora"
+FORMAT_VERSION = 1
+SAMPLE_CHARACTERS = 4000
+
+
+@dataclass
+class Cell:
+    """One task on one corpus: its slices, and the rows that came back for them."""
+
+    corpus: str
+    task: Task
+    examples: list[Example]
+    slices: list[Slice]
+    rows: list[Row] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def title(self) -> str:
+        """`task of corpus`, for messages."""
+        return f"{self.task.name} of {self.corpus}"
+
+    def answered(self) -> list[tuple[Example, Row]]:
+        """Examples with their rows, those with an error left out."""
+        return [(e, r) for e, r in zip(self.examples, self.rows, strict=True) if r.error is None]
+
+
+def inputs_digest(config: RunConfig, checkpoint_digest: str, data_digest: str) -> str:
+    """Digest of everything that results depend on; the number of evaluators is left out."""
+    evaluate = config.evaluate.model_dump(mode="json", exclude={"workers"})
+    content = {
+        "format": FORMAT_VERSION,
+        "checkpoint": checkpoint_digest,
+        "data": data_digest,
+        "corpora": {corpus.name: corpus.task for corpus in config.data.corpora},
+        "tasks": {name: task.version for name, task in TASKS.items()},
+        "evaluate": evaluate,
+        "seed": config.run.seed,
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def cell_result(cell: Cell, facts: TrainingFacts, config: RunConfig) -> dict[str, Any]:
+    """JSON object of one cell. Its status is ok, empty (no held-out records), missing (slices) or failed (records)."""
+    found: dict[str, Any] = {
+        "corpus": cell.corpus,
+        "task": cell.task.name,
+        "signature": cell.task.signature,
+        "records": len(cell.examples),
+        "failed_records": sum(row.error is not None for row in cell.rows),
+        "status": "ok",
+        "detail": None,
+        "metrics": [],
+    }
+    if not cell.examples:
+        found.update(status="empty", detail="no held-out records; raise data.held_out_fraction or add files")
+    elif cell.problems:
+        found.update(status="missing", detail="; ".join(dict.fromkeys(cell.problems)))
+    elif found["failed_records"] > ERROR_RATE_LIMIT * len(cell.examples):
+        first = next(row for row in cell.rows if row.error is not None)
+        found.update(
+            status="failed",
+            detail=f"{found['failed_records']} of {len(cell.examples)} records failed (limit "
+            f"{ERROR_RATE_LIMIT:.0%}); the first one, record {first.index}: {first.error}",
+        )
+    else:
+        examples, rows = (list(part) for part in zip(*cell.answered(), strict=True))
+        metrics = cell.task.score(examples, rows, facts, cell.corpus, config)
+        found["metrics"] = [metric.as_dict() for metric in metrics]
+    return found
+
+
+def overall_result(
+    cells: Sequence[Cell], results: Sequence[dict[str, Any]], facts: TrainingFacts, config: RunConfig
+) -> dict[str, Any] | None:
+    """Likelihood over all corpora, token-weighted; None when a corpus has no likelihood to add or there is only one."""
+    parts = [(c, r) for c, r in zip(cells, results, strict=True) if c.task.name == "likelihood"]
+    if len(parts) < 2 or any(result["status"] != "ok" for _, result in parts):
+        return None
+    rows = [row for cell, _ in parts for _, row in cell.answered()]
+    strata = np.array([number for number, (cell, _) in enumerate(parts) for _ in cell.answered()])
+    metrics: list[Metric] = likelihood_metrics(rows, facts, config, strata)
+    return {
+        "corpus": OVERALL,
+        "task": "likelihood",
+        "signature": TASKS["likelihood"].signature,
+        "records": len(rows),
+        "failed_records": sum(result["failed_records"] for _, result in parts),
+        "status": "ok",
+        "detail": None,
+        "metrics": [metric.as_dict() for metric in metrics],
+    }
+
+
+def samples(cells: Sequence[Cell], count: int) -> list[dict[str, str]]:
+    """Source, reference and output of `count` records that the model wrote for, taken from the cells in turn."""
+    queues = []
+    for cell in cells:
+        written = [(e, r) for e, r in cell.answered() if cell.task.output(r) is not None] if cell.rows else []
+        if written:
+            queues.append((cell, iter(written)))
+    chosen: list[dict[str, str]] = []
+    while queues and len(chosen) < count:
+        for cell, queue in list(queues):
+            entry = next(queue, None)
+            if entry is None:
+                queues.remove((cell, queue))
+            elif len(chosen) < count:
+                example, row = entry
+                chosen.append(
+                    {
+                        "corpus": cell.corpus,
+                        "task": cell.task.name,
+                        "record": str(example.record.index),
+                        "source": example.record.source[-SAMPLE_CHARACTERS:],
+                        "reference": example.record.target[:SAMPLE_CHARACTERS],
+                        "output": (cell.task.output(row) or "")[:SAMPLE_CHARACTERS],
+                    }
+                )
+    return chosen
+
+
+def table_lines(results: Sequence[dict[str, Any]]) -> list[str]:
+    """One line per metric with interval, count and baselines, and one per cell without a figure."""
+    lines = []
+    for cell in results:
+        title = f"{cell['corpus']:<12} {cell['task']:<10}"
+        if cell["status"] != "ok":
+            lines.append(f"{title} {cell['status']}: {cell['detail']}")
+        for metric in cell["metrics"]:
+            beside = ", ".join(f"{base['name']} {base['value']:.3f}" for base in metric["baselines"])
+            lines.append(
+                f"{title} {metric['name']:<13} {metric['value']:.3f} [{metric['low']:.3f}, {metric['high']:.3f}] "
+                f"{metric['unit']}, n {metric['n']}" + (f"; {beside}" if beside else "")
+            )
+    return lines

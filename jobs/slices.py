@@ -1,0 +1,121 @@
+"""Slices of a cell: the unit that evaluators work on, keyed by everything its answers depend on, kept as Parquet."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cluster.storage import Storage
+from configs.errors import StorageError
+from jobs.tasks.base import Example, Generate, Row
+
+FOLDER = "evaluation/slices"
+SCHEMA = pa.schema(
+    [
+        pa.field("index", pa.int64(), nullable=False),
+        pa.field("answers", pa.string(), nullable=False),
+        pa.field("error", pa.string()),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Some examples of one cell (task and corpus), answered together as one batch in this order."""
+
+    corpus: str
+    task: str
+    key: str
+    examples: tuple[Example, ...]
+    max_new_tokens: int
+
+    @property
+    def path(self) -> str:
+        """Where the answers lie, relative to the run's folder."""
+        return f"{FOLDER}/{self.key}.parquet"
+
+    @property
+    def cost(self) -> int:
+        """A rough measure of the work: characters to read, and many times as much for each token to write."""
+        return sum(
+            len(request.source) + (16 * self.max_new_tokens if isinstance(request, Generate) else len(request.target))
+            for example in self.examples
+            for request in example.requests
+        )
+
+
+def cut(
+    corpus: str,
+    task: str,
+    version: int,
+    examples: Sequence[Example],
+    size: int,
+    max_new_tokens: int,
+    inputs: dict[str, str],
+) -> list[Slice]:
+    """A cell's examples in slices of `size`, in order.
+
+    `inputs` names what else the answers depend on (digests of checkpoint and data). The number of evaluators is no
+    part of the key, so that fewer or more of them find the same slices.
+    """
+    slices = []
+    for start in range(0, len(examples), size):
+        part = tuple(examples[start : start + size])
+        content = {
+            **inputs,
+            "corpus": corpus,
+            "task": task,
+            "version": version,
+            "generation": {"kind": "greedy", "max_new_tokens": max_new_tokens},
+            "rows": [example.record.index for example in part],
+            "requests": [
+                [[type(request).__name__, asdict(request)] for request in example.requests] for example in part
+            ],
+        }
+        digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        slices.append(Slice(corpus, task, f"{task}-{corpus}-{digest[:32]}", part, max_new_tokens))
+    return slices
+
+
+def write_rows(folder: Storage, piece: Slice, rows: Sequence[Row]) -> None:
+    """Create the slice's Parquet; one that is there already stays as it is."""
+    table = pa.table(
+        {
+            "index": [row.index for row in rows],
+            "answers": [json.dumps(row.answers) for row in rows],
+            "error": [row.error for row in rows],
+        },
+        schema=SCHEMA,
+    )
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, compression="zstd")
+    folder.create(piece.path, buffer.getvalue())
+
+
+def read_rows(folder: Storage, piece: Slice) -> list[Row] | None:
+    """The rows of a finished slice, or None when it is not finished.
+
+    Raises StorageError when the file is damaged or holds other records.
+    """
+    try:
+        data = folder.read_bytes(piece.path)
+    except FileNotFoundError:
+        return None
+    try:
+        table = pq.read_table(io.BytesIO(data), schema=SCHEMA)
+    except (pa.ArrowException, OSError) as error:
+        raise _damaged(folder, piece, str(error)) from error
+    rows = [Row(entry["index"], tuple(json.loads(entry["answers"])), entry["error"]) for entry in table.to_pylist()]
+    if [row.index for row in rows] != [example.record.index for example in piece.examples]:
+        raise _damaged(folder, piece, "it holds other records")
+    return rows
+
+
+def _damaged(folder: Storage, piece: Slice, reason: str) -> StorageError:
+    return StorageError(f"{folder.url}/{piece.path}: damaged ({reason}); remove the file and evaluate again")

@@ -1,0 +1,158 @@
+"""What a task is: examples made of held-out records, requests to the model, and a score over the answered rows.
+
+A task never sees the model: it states requests, the evaluators answer them, and `score` turns answers into metrics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+from configs.schema import EvaluateSection, RunConfig
+from data.held_out import HeldOut
+from jobs.intervals import Interval, ratio_interval
+from jobs.ngrams import NGrams
+
+
+@dataclass(frozen=True)
+class Generate:
+    """Ask for the greedy output given a source text. Answer: {"text": str, "tokens": int, "ended": bool}."""
+
+    source: str
+
+
+@dataclass(frozen=True)
+class LogLikelihood:
+    """Ask how likely a target text is given a source text.
+
+    Answer: {"labels": token ids with eos, "nll": nats of each, "correct": whether it was the most probable one,
+    "bytes": UTF-8 bytes of the text that the labels stand for}.
+    """
+
+    source: str
+    target: str
+
+
+Request = Generate | LogLikelihood
+
+
+@dataclass(frozen=True)
+class Example:
+    """One held-out record with its requests, in the order in which `score` finds the answers."""
+
+    record: HeldOut
+    requests: tuple[Request, ...]
+
+
+@dataclass(frozen=True)
+class Row:
+    """The answers to one example, one per request, or the error that kept it from being answered."""
+
+    index: int
+    answers: tuple[dict[str, Any], ...] = ()
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """A figure to hold a metric against; `difference` is metric minus baseline, paired over the same records."""
+
+    name: str
+    value: float
+    low: float
+    high: float
+    difference: float
+    difference_low: float
+    difference_high: float
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One figure of a cell with its 95% interval over `n` records, and baselines on the same records."""
+
+    name: str
+    label: str
+    value: float
+    low: float
+    high: float
+    n: int
+    unit: str
+    higher_is_better: bool
+    tokens: int | None = None
+    baselines: tuple[Baseline, ...] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON object of the metric."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class TrainingFacts:
+    """What baselines may know: n-gram counts of the tokens trained on, and training targets as text.
+
+    `targets` gives for a corpus some of its training targets (a sample, repeats included).
+    """
+
+    ngrams: NGrams
+    targets: dict[str, list[str]] = field(default_factory=dict)
+
+
+class Task(Protocol):
+    """One way to judge a corpus's held-out records."""
+
+    name: str
+    version: int
+    signature: str
+
+    def limit(self, config: RunConfig) -> int:
+        """The most records of one corpus that are judged."""
+
+    def examples(self, records: Sequence[HeldOut], corpus_task: str, config: RunConfig) -> list[Example]:
+        """Examples of a cell, one per record and in the records' order."""
+
+    def score(
+        self, examples: Sequence[Example], rows: Sequence[Row], facts: TrainingFacts, corpus: str, config: RunConfig
+    ) -> list[Metric]:
+        """Metrics over answered rows; `examples` and `rows` are aligned, rows with an error are left out before."""
+
+    def output(self, row: Row) -> str | None:
+        """The text that the model wrote for a row, or None where it wrote none."""
+
+
+def build_metric(
+    name: str,
+    label: str,
+    unit: str,
+    higher_is_better: bool,
+    numerators: np.ndarray,
+    denominators: np.ndarray,
+    baselines: dict[str, np.ndarray],
+    evaluate: EvaluateSection,
+    seed: int,
+    tokens: int | None = None,
+    strata: np.ndarray | None = None,
+) -> Metric:
+    """A metric that is a ratio of sums over records, with baselines that share its denominators.
+
+    `numerators`, `denominators` and each baseline are `[records]`. All intervals resample the same records, so a
+    difference is paired.
+    """
+
+    def interval(values: np.ndarray) -> Interval:
+        return ratio_interval(values, denominators, evaluate.bootstrap_rounds, seed, strata)
+
+    own = interval(numerators)
+    entries = []
+    for title, values in baselines.items():
+        theirs, difference = interval(values), interval(np.asarray(numerators) - np.asarray(values))
+        entries.append(
+            Baseline(title, *_bounds(theirs), difference.value, difference.low, difference.high),
+        )
+    return Metric(name, label, *_bounds(own), own.n, unit, higher_is_better, tokens, tuple(entries))
+
+
+def _bounds(interval: Interval) -> tuple[float, float, float]:
+    return interval.value, interval.low, interval.high

@@ -1,0 +1,16 @@
+"""Tasks by name, and which of them judge a corpus."""
+
+from __future__ import annotations
+
+from configs.schema import CorpusSection
+from jobs.tasks.base import Task
+from jobs.tasks.completion import Completion
+from jobs.tasks.likelihood import Likelihood
+from jobs.tasks.summary import Summary
+
+TASKS: dict[str, Task] = {task.name: task for task in (Likelihood(), Summary(), Completion())}
+
+
+def tasks_of(corpus: CorpusSection) -> list[Task]:
+    """Likelihood for every corpus, then the corpus's own task."""
+    return [TASKS[name] for name in dict.fromkeys(["likelihood", corpus.task])]

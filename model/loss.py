@@ -1,0 +1,108 @@
+"""Cross-entropy with label smoothing (Vaswani et al. 2017, section 5.4), summed, in chunks over tokens.
+
+The logits of all tokens never exist at once: each chunk's logits give its part of the loss and, as the gradient of a
+sum over tokens needs nothing from other chunks, its part of the gradients too. So the backward pass only scales them.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+CHUNK_TOKENS = 512
+
+
+class LossSums(NamedTuple):
+    """Scalars in float32, weighted sums over tokens: `loss` with label smoothing (differentiable), `nll` without."""
+
+    loss: Tensor
+    nll: Tensor
+
+
+def chunked_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    loss_weight: Tensor,
+    label_smoothing: float = 0.0,
+    chunk_tokens: int = CHUNK_TOKENS,
+) -> LossSums:
+    """Sums of weighted losses of `softmax(hidden @ weight.T)`.
+
+    `hidden [..., d_model]`, `weight [vocabulary, d_model]`, `labels` int `[...]`, `loss_weight` float `[...]`. For
+    one token: (1 - e) * -log p(label) + e * mean over the vocabulary of -log p, as
+    `torch.nn.functional.cross_entropy(label_smoothing=e)` has it. Positions of weight 0 are skipped: their labels may
+    be anything, and no logits are computed for them.
+    """
+    kept = loss_weight.flatten().nonzero().squeeze(-1)
+    return LossSums(
+        *_ChunkedCrossEntropy.apply(
+            hidden.flatten(0, -2)[kept],
+            weight,
+            labels.flatten()[kept].long(),
+            loss_weight.flatten()[kept].float(),
+            label_smoothing,
+            chunk_tokens,
+        )
+    )
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(  # noqa: ANN205
+        ctx,  # noqa: ANN001
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        loss_weight: Tensor,
+        smoothing: float,
+        chunk_tokens: int,
+    ):
+        vocabulary = weight.shape[0]
+        loss = torch.zeros((), device=hidden.device)
+        nll_sum = torch.zeros((), device=hidden.device)
+        differentiate = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        hidden_gradient = torch.empty_like(hidden) if differentiate else None
+        weight_gradient = torch.zeros_like(weight, dtype=torch.float32) if differentiate else None
+        for start in range(0, hidden.shape[0], chunk_tokens):
+            part = slice(start, start + chunk_tokens)
+            logits = (hidden[part] @ weight.T).float()
+            maxima = logits.amax(-1, keepdim=True)
+            of_label = logits.gather(-1, labels[part].unsqueeze(-1))
+            logit_sum = logits.sum(-1) if smoothing else None
+            # From here on the buffer holds exponentials, then probabilities, then the gradient.
+            total = logits.sub_(maxima).exp_().sum(-1, keepdim=True)
+            log_total = maxima + total.log()
+            nll = (log_total - of_label).squeeze(-1)
+            nll_sum += nll @ loss_weight[part]
+            smoothed = nll
+            if smoothing:
+                uniform = log_total.squeeze(-1) - logit_sum / vocabulary
+                smoothed = (1.0 - smoothing) * nll + smoothing * uniform
+            loss += smoothed @ loss_weight[part]
+            if not differentiate:
+                continue
+            scale = loss_weight[part].unsqueeze(-1)
+            gradient = logits.mul_(scale / total)
+            if smoothing:
+                gradient.sub_(scale * (smoothing / vocabulary))
+            gradient.scatter_add_(-1, labels[part].unsqueeze(-1), -(1.0 - smoothing) * scale)
+            gradient = gradient.to(hidden.dtype)
+            hidden_gradient[part] = gradient @ weight
+            if hidden.dtype == torch.float32:
+                weight_gradient.addmm_(gradient.T, hidden[part])
+            else:
+                weight_gradient += gradient.T @ hidden[part]
+        ctx.gradients = (hidden_gradient, weight_gradient)
+        ctx.dtype = weight.dtype
+        ctx.mark_non_differentiable(nll_sum)
+        return loss, nll_sum
+
+    @staticmethod
+    def backward(ctx, loss_gradient: Tensor, _nll_gradient: Tensor):  # noqa: ANN001, ANN205
+        hidden_gradient, weight_gradient = ctx.gradients
+        ctx.gradients = None
+        scaled_weight = weight_gradient.mul_(loss_gradient).to(ctx.dtype)
+        return hidden_gradient * loss_gradient.to(hidden_gradient.dtype), scaled_weight, None, None, None, None

@@ -1,0 +1,36 @@
+"""Fixtures that several test files share."""
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from cluster import local, processes
+from configs.schema import ClusterSection
+
+
+@pytest.fixture(scope="session")
+def embedded_ray():
+    """One embedded cluster of 8 logical CPUs for the whole session; nothing of it may be left at the end."""
+    home = Path(tempfile.mkdtemp(prefix="telar-t-", dir="/tmp"))
+    kept = {name: os.environ.pop(name, None) for name in ("TELAR_HOME", "RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")}
+    os.environ["TELAR_HOME"] = str(home)
+    cluster = local.start(ClusterSection(local_cpus=8))
+    mark = running_mark(home)
+    yield cluster
+    local.stop()
+    left = processes.members(mark)
+    shutil.rmtree(home)
+    del os.environ["TELAR_HOME"]
+    os.environ.update({name: value for name, value in kept.items() if value is not None})
+    assert not left, f"processes left by the embedded cluster: {left}"
+
+
+def running_mark(home):
+    """Identity of the processes of the cluster whose state lies in `home`."""
+    import json
+
+    state = json.loads((home / "cluster.json").read_text())
+    return processes.Mark(state["head_pid"], state["head_created_unix"], state["mark"])

@@ -1,0 +1,344 @@
+"""The evaluate stage with a made-up model: slices, resume, errors, retry, results that are complete or absent."""
+
+import json
+import os
+import signal
+from functools import partial
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from cluster import commit
+from cluster.storage import Storage
+from configs.errors import RunStopped, StorageError, TelarError
+from configs.load import parse_config
+from data.held_out import HeldOut
+from jobs import evaluate as stage
+from jobs.evaluator import Evaluator
+from jobs.fan_out import RayRunner, SerialRunner
+from jobs.ngrams import count
+from jobs.results import samples
+from jobs.slices import cut, read_rows, write_rows
+from jobs.tasks.base import Example, Generate, LogLikelihood, Row, TrainingFacts
+
+STEP = 20
+RUN = "demo"
+MANIFEST = SimpleNamespace(digest="data0", tokenizer_digest="tok0", folder="data/data0")
+FACTS = TrainingFacts(count([np.array([2, 3, 4, 0])] * 5, 8, 1), {"summary": ["Return the value.", "Close it."]})
+
+
+class FakeModel:
+    """Answers from the text alone; sources that hold `poison` cannot be answered."""
+
+    def __init__(self, poison=None, shift=0.0):
+        self.poison, self.shift, self.batches = poison, shift, []
+
+    def answer(self, requests, max_new_tokens):
+        self.batches.append([request.source for request in requests])
+        if self.poison and any(self.poison in request.source for request in requests):
+            raise ValueError(f"cannot answer {self.poison}")
+        return [self.one(request) for request in requests]
+
+    def one(self, request):
+        if isinstance(request, Generate):
+            return {
+                "text": "    return 1\n" if "complete" in request.source else "Return it.",
+                "tokens": 4,
+                "ended": True,
+            }
+        fits = request.source.split()[-1] == request.target.split()[-1].rstrip(".")
+        return {"labels": [2, 3, 0], "nll": [self.shift + (1.0 if fits else 2.0)] * 3, "correct": [1, 0, 1], "bytes": 9}
+
+
+def make_config(**evaluate):
+    corpora = [
+        {"name": "prose", "kind": "text", "path": "x", "target": "{text}"},
+        {"name": "summary", "kind": "python", "path": "x", "target": "{summary}", "task": "summary"},
+        {"name": "completion", "kind": "python", "path": "x", "target": "{body}", "task": "completion"},
+    ]
+    return parse_config(
+        {
+            "data": {"corpora": corpora},
+            "train": {"steps": STEP, "global_batch_sequences": 1, "micro_batch_sequences": 1},
+            "evaluate": {"slice_records": 4, "bootstrap_rounds": 100, "samples": 5, **evaluate},
+        },
+        "test",
+    )
+
+
+def held_out(storage, manifest, corpus, limit, seed):
+    fields = {"name": "get", "signature": "def get(x):", "body": "    return x\n"}
+    prefix = "complete: " if corpus == "completion" else ""
+    return [HeldOut(i, f"{prefix}{corpus} {i}", f"Return {i}.", fields) for i in range(min(limit, 10))]
+
+
+@pytest.fixture
+def storage(tmp_path, monkeypatch):
+    monkeypatch.setattr(stage, "read_records", held_out)
+    storage = Storage(str(tmp_path))
+    commit_step(storage, STEP, b"weights")
+    return storage
+
+
+def commit_step(storage, step, content):
+    checkpoints = storage.child(RUN, "checkpoints")
+    checkpoints.write_bytes(f"{commit.attempt_folder(step, 1)}/rank-00000.safetensors", content)
+    file = commit.RankFile(0, "rank-00000.safetensors", len(content), content.hex())
+    commit.commit(checkpoints, step, 1, [file], 1, {})
+
+
+def run(storage, model, config=None, step=STEP, should_stop=lambda: False, report=None):
+    runner = SerialRunner(lambda: Evaluator(model, storage.child(RUN)))
+    say = report.append if report is not None else (lambda line: None)
+    return stage.evaluate(
+        config or make_config(), storage, RUN, MANIFEST, step, say, should_stop, runner=runner, facts=lambda: FACTS
+    )
+
+
+def cell(results, corpus, task):
+    return next(c for c in results["cells"] if (c["corpus"], c["task"]) == (corpus, task))
+
+
+def metric(results, corpus, task, name):
+    return next(m for m in cell(results, corpus, task)["metrics"] if m["name"] == name)
+
+
+def test_results_hold_every_cell_and_are_written(storage):
+    lines = []
+    results = run(storage, FakeModel(), report=lines)
+    assert json.loads(storage.read_text(f"{RUN}/evaluation/results.json")) == results
+    cells = [(c["corpus"], c["task"], c["status"]) for c in results["cells"]]
+    assert cells == [
+        ("all corpora", "likelihood", "ok"),
+        ("prose", "likelihood", "ok"),
+        ("summary", "likelihood", "ok"),
+        ("summary", "summary", "ok"),
+        ("completion", "likelihood", "ok"),
+        ("completion", "completion", "ok"),
+    ]
+    overall, prose = metric(results, "all corpora", "likelihood", "nll"), metric(results, "prose", "likelihood", "nll")
+    assert (overall["value"], overall["n"], overall["tokens"]) == (1.0, 30, 90)
+    assert prose["n"] == 10 and prose["low"] <= prose["value"] <= prose["high"]
+    used = metric(results, "summary", "summary", "reference_nll")
+    assert used["value"] == 1.0 and used["baselines"][0]["value"] == 2.0
+    assert used["baselines"][0]["difference_high"] < 0
+    assert metric(results, "completion", "completion", "compiles")["value"] == 1.0
+    assert results["training_tokens_counted"] == 20
+    assert len(results["samples"]) == 5
+    assert {sample["corpus"] for sample in results["samples"]} == {"prose", "summary", "completion"}
+    assert any("compiles" in line and "1.000" in line for line in lines)
+    assert len(storage.names(f"{RUN}/evaluation/slices")) == results["slices"] == 15
+
+
+def test_done_means_same_inputs(storage):
+    config = make_config()
+    assert not stage.is_done(config, storage, RUN, MANIFEST, STEP)
+    run(storage, FakeModel())
+    assert stage.is_done(config, storage, RUN, MANIFEST, STEP)
+    assert stage.is_done(make_config(workers=7), storage, RUN, MANIFEST, STEP), "evaluators are no input"
+    assert not stage.is_done(make_config(max_new_tokens=9), storage, RUN, MANIFEST, STEP)
+    other = SimpleNamespace(**{**vars(MANIFEST), "digest": "data1"})
+    assert not stage.is_done(config, storage, RUN, other, STEP)
+    commit_step(storage, STEP + 1, b"other weights")
+    assert not stage.is_done(config, storage, RUN, MANIFEST, STEP + 1)
+
+
+def test_a_stopped_evaluation_goes_on_where_it_was(storage):
+    first = FakeModel()
+    with pytest.raises(RunStopped):
+        run(storage, first, should_stop=lambda: len(first.batches) == 6)
+    assert not storage.exists(f"{RUN}/evaluation/results.json")
+    second = FakeModel()
+    resumed = run(storage, second, make_config(workers=1))
+    assert len(second.batches) == 9 and resumed["slices_reused"] == 6
+    storage.remove(f"{RUN}/evaluation")
+    fresh = run(storage, FakeModel())
+    assert fresh["cells"] == resumed["cells"] and fresh["samples"] == resumed["samples"]
+    again = FakeModel()
+    run(storage, again)
+    assert again.batches == []
+
+
+def test_two_checkpoints_never_share_a_row(storage):
+    commit_step(storage, STEP + 1, b"other weights")
+    old = run(storage, FakeModel())
+    model = FakeModel(shift=1.0)
+    new = run(storage, model, step=STEP + 1)
+    assert len(model.batches) == new["slices"] and new["slices_reused"] == 0
+    assert metric(new, "prose", "likelihood", "nll")["value"] == metric(old, "prose", "likelihood", "nll")["value"] + 1
+
+
+def test_longest_slices_go_first(storage):
+    order = []
+
+    class Records(SerialRunner):
+        def run(self, slices, on_done, should_stop):
+            order.extend(slices)
+            return super().run(slices, on_done, should_stop)
+
+    runner = Records(lambda: Evaluator(FakeModel(), storage.child(RUN)))
+    arguments = (make_config(), storage, RUN, MANIFEST, STEP, print, lambda: False)
+    stage.evaluate(*arguments, runner=runner, facts=lambda: FACTS)
+    costs = [piece.cost for piece in order]
+    assert costs == sorted(costs, reverse=True) and costs[0] > costs[-1]
+    assert order[-1].task == "likelihood" and order[0].task != "likelihood"
+
+
+def test_a_record_that_fails_is_a_record(storage):
+    config = make_config(slice_records=32, likelihood_records=10)
+    many_records = [HeldOut(i, f"prose {i}", f"Return {i}.", {}) for i in range(30)]
+
+    def longer(*arguments):
+        return many_records if arguments[2] == "prose" else held_out(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stage, "read_records", longer)
+        results = run(storage, FakeModel(poison="prose 29"), config)
+    found = cell(results, "prose", "likelihood")
+    assert (found["status"], found["failed_records"], found["records"]) == ("ok", 1, 30)
+    assert metric(results, "prose", "likelihood", "nll")["n"] == 29
+
+
+def test_too_many_failed_records_fail_the_cell_and_nothing_is_averaged(storage):
+    with pytest.raises(stage.EvaluationError, match=r"likelihood of prose: 1 of 10 records failed.*cannot answer"):
+        run(storage, FakeModel(poison="prose 3"))
+    assert not storage.exists(f"{RUN}/evaluation/results.json")
+    incomplete = json.loads(storage.read_text(f"{RUN}/evaluation/incomplete.json"))
+    assert cell(incomplete, "prose", "likelihood")["metrics"] == []
+    assert "all corpora" not in [c["corpus"] for c in incomplete["cells"]]
+    assert cell(incomplete, "summary", "summary")["status"] == "ok"
+    assert not stage.is_done(make_config(), storage, RUN, MANIFEST, STEP)
+
+
+def test_missing_slices_are_listed(storage):
+    class GivesUp:
+        def run(self, slices, on_done, should_stop):
+            worker = Evaluator(FakeModel(), storage.child(RUN))
+            kept = [piece for piece in slices if piece.task != "completion"]
+            for piece in kept:
+                worker.work(piece)
+            return {piece.key: "given up after 3 tries" for piece in slices if piece not in kept}
+
+    with pytest.raises(stage.EvaluationError, match="completion of completion: given up after 3 tries"):
+        stage.evaluate(
+            make_config(), storage, RUN, MANIFEST, STEP, print, lambda: False, runner=GivesUp(), facts=lambda: FACTS
+        )
+    incomplete = json.loads(storage.read_text(f"{RUN}/evaluation/incomplete.json"))
+    assert cell(incomplete, "completion", "completion")["status"] == "missing"
+    results = run(storage, FakeModel())
+    assert results["slices_reused"] == 12 and not storage.exists(f"{RUN}/evaluation/incomplete.json")
+
+
+def test_a_corpus_without_held_out_records_is_empty_not_averaged(storage, monkeypatch):
+    def none_of_prose(*arguments):
+        return [] if arguments[2] == "prose" else held_out(*arguments)
+
+    monkeypatch.setattr(stage, "read_records", none_of_prose)
+    results = run(storage, FakeModel())
+    assert cell(results, "prose", "likelihood")["status"] == "empty"
+    assert "all corpora" not in [c["corpus"] for c in results["cells"]]
+
+
+def pieces(checkpoint="a", size=4, tokens=8, version=1, indexes=range(10), target="t"):
+    examples = [Example(HeldOut(i, f"s{i}", target, {}), (LogLikelihood(f"s{i}", target),)) for i in indexes]
+    return cut("c", "likelihood", version, examples, size, tokens, {"checkpoint": checkpoint})
+
+
+def test_keys_depend_on_every_input():
+    reference = {piece.key for piece in pieces()}
+    assert {piece.key for piece in pieces()} == reference and len(reference) == 3
+    for change in ({"checkpoint": "b"}, {"tokens": 9}, {"version": 2}, {"indexes": range(20, 30)}, {"target": "u"}):
+        assert not reference & {piece.key for piece in pieces(**change)}, change
+
+
+def test_slices_keep_their_rows_and_are_immutable(tmp_path):
+    folder, (piece, *_) = Storage(str(tmp_path)), pieces()
+    assert read_rows(folder, piece) is None
+    rows = [Row(i, ({"nll": [0.1 + i, 1e-17], "text": "ä\n"},), None if i else "ValueError: x") for i in range(4)]
+    write_rows(folder, piece, rows)
+    assert read_rows(folder, piece) == rows
+    write_rows(folder, piece, rows[::-1])
+    assert read_rows(folder, piece) == rows
+    folder.write_bytes(piece.path, folder.read_bytes(piece.path)[:-9])
+    with pytest.raises(StorageError, match="damaged"):
+        read_rows(folder, piece)
+
+
+def test_rows_of_other_records_are_refused(tmp_path):
+    folder, (piece, *_) = Storage(str(tmp_path)), pieces()
+    write_rows(folder, piece, [Row(i) for i in (0, 1, 2, 9)])
+    with pytest.raises(StorageError, match="other records"):
+        read_rows(folder, piece)
+
+
+def test_batches_come_from_the_slice_alone(tmp_path):
+    model, (piece, *_) = FakeModel(poison="s2"), pieces()
+    rows = Evaluator(model, Storage(str(tmp_path))).rows(piece)
+    assert [row.error is None for row in rows] == [True, True, False, True]
+    assert rows[2].error == "ValueError: cannot answer s2"
+    assert model.batches == [["s0", "s1", "s2", "s3"], ["s0"], ["s1"], ["s2"], ["s3"]]
+
+
+def test_samples_take_turns():
+    def fake(corpus, outputs):
+        examples = [Example(HeldOut(i, "s", "t", {}), ()) for i in range(len(outputs))]
+        rows = [Row(i, (), None if text != "error" else "x") for i, text in enumerate(outputs)]
+        task = SimpleNamespace(name="t", output=lambda row: outputs[row.index])
+        answered = [(e, r) for e, r in zip(examples, rows, strict=True) if r.error is None]
+        return SimpleNamespace(corpus=corpus, task=task, rows=rows, answered=lambda: answered)
+
+    cells = [fake("a", ["1", "2", "3", "4"]), fake("b", ["error", "5"]), fake("c", [None])]
+    chosen = [(sample["corpus"], sample["output"]) for sample in samples(cells, 4)]
+    assert chosen == [("a", "1"), ("b", "5"), ("a", "2"), ("a", "3")]
+
+
+class Deadly(Evaluator):
+    """Kills its own process on the slice that starts with s0, as long as `marks` holds fewer than `deaths` files."""
+
+    def __init__(self, url, deaths):
+        self.storage, self.deaths = Storage(url), deaths
+        super().__init__(FakeModel(), self.storage)
+
+    def work(self, piece):
+        if piece.examples[0].record.index == 0 and len(self.storage.names("marks")) < self.deaths:
+            self.storage.write_text(f"marks/{os.getpid()}", "x")
+            os.kill(os.getpid(), signal.SIGKILL)
+        super().work(piece)
+
+
+def cannot_load():
+    raise TelarError("the checkpoint is damaged")
+
+
+@pytest.mark.ray
+def test_an_evaluator_that_dies_is_replaced_and_its_slice_done_again(ray_cluster, tmp_path):
+    for deaths, given_up in ((1, 0), (3, 1)):
+        url = str(tmp_path / str(deaths))
+        work, done = pieces(), []
+        failures = RayRunner(partial(Deadly, url, deaths), 2, f"run{deaths}", 60).run(work, done.append, lambda: False)
+        assert len(failures) == given_up
+        assert len(done) == 3 - given_up
+        rows = [read_rows(Storage(url), piece) for piece in work]
+        assert [found is None for found in rows] == [bool(given_up), False, False]
+    with pytest.raises(TelarError, match="the checkpoint is damaged"):
+        RayRunner(cannot_load, 2, "damaged", 60).run(pieces(), print, lambda: False)
+    with pytest.raises(RunStopped):
+        RayRunner(partial(Deadly, url, 0), 1, "stopped", 60).run(pieces(), print, lambda: True)
+
+
+@pytest.fixture
+def ray_cluster(tmp_path):
+    import ray
+
+    ray.init(
+        address="local",
+        num_cpus=2,
+        include_dashboard=False,
+        object_store_memory=80 * 2**20,
+        namespace="telar",
+        log_to_driver=False,
+        _temp_dir=f"/tmp/telar-test-{os.getpid()}",
+    )
+    yield
+    ray.shutdown()
