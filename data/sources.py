@@ -18,6 +18,7 @@ from typing import IO
 
 import fsspec
 from fsspec.core import has_magic
+from fsspec.implementations.local import LocalFileSystem
 
 from configs.errors import DataError
 from configs.schema import CorpusSection
@@ -58,7 +59,7 @@ def list_files(corpus: CorpusSection) -> list[SourceFile]:
         filesystem, root = fsspec.core.url_to_fs(path)
         root = root.rstrip("/")
         filesystem.invalidate_cache()
-        base, entries = _find(filesystem, root)
+        base, entries = _find(filesystem, root, excludes)
     except (ValueError, ImportError) as error:
         raise DataError(f"{where(corpus, 'path')}: fsspec cannot open {path!r} ({error})") from error
     except FileNotFoundError as error:
@@ -86,7 +87,7 @@ def list_files(corpus: CorpusSection) -> list[SourceFile]:
     return sorted(files, key=lambda file: file.relative)
 
 
-def _find(filesystem: fsspec.AbstractFileSystem, root: str) -> tuple[str, dict[str, dict]]:
+def _find(filesystem: fsspec.AbstractFileSystem, root: str, excludes: tuple[str, ...]) -> tuple[str, dict[str, dict]]:
     """The folder that relative paths start from, and the files by full path."""
     if has_magic(root):
         parts = root.split("/")
@@ -96,7 +97,15 @@ def _find(filesystem: fsspec.AbstractFileSystem, root: str) -> tuple[str, dict[s
     entry = filesystem.info(root)
     if entry["type"] == "file":
         return root.rsplit("/", 1)[0], {root: entry}
-    return root, filesystem.find(root, detail=True)
+    if not isinstance(filesystem, LocalFileSystem):
+        return root, filesystem.find(root, detail=True)
+    found = {}
+    for folder, folders, files in filesystem.walk(root, detail=True):
+        # Excluded folders (site-packages below the standard library) may hold more files than all others together.
+        for name in [name for name in folders if _excluded(f"{folder}/{name}"[len(root) :].lstrip("/"), excludes)]:
+            del folders[name]
+        found.update((f"{folder}/{name}", entry) for name, entry in files.items())
+    return root, found
 
 
 def _wanted(relative: str, kind: str) -> bool:

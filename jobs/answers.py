@@ -2,15 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from configs.schema import RunConfig
+import numpy as np
+import torch
+
+from cluster import commit
+from cluster.storage import Storage
+from configs.schema import CorpusSection, RunConfig
+from data.batches import collate
+from data.manifest import Manifest
+from data.packing import Pair, cut_pairs, fit_source
+from data.shards import Samples
+from data.tokenizer import Tokenizer
 from jobs.evaluator import Evaluator
+from jobs.tasks.base import Generate, LogLikelihood, Request
+from model.batch import ModelBatch
+from model.checkpoint import CheckpointReader, load_parameters
+from model.generation import greedy
+from model.transformer import Transformer, build_model, token_scores
+
+ROWS_AT_ONCE = 16
+# A held-out target is scored in pieces, cut as in training; what lies beyond the first pieces is not scored.
+MOST_PIECES = 8
 
 
 @dataclass(frozen=True)
 class EvaluatorTask:
-    """What an evaluator is told: which checkpoint of which run, and where the tokenizer lies."""
+    """What an evaluator is told: which checkpoint of which run, and where the prepared data lie."""
 
     config: RunConfig
     storage_url: str
@@ -21,4 +42,112 @@ class EvaluatorTask:
 
 def load_evaluator(task: EvaluatorTask) -> Evaluator:
     """Read the verified checkpoint and the tokenizer; raises CheckpointError or DataError."""
-    raise NotImplementedError
+    torch.set_num_threads(1)
+    storage = Storage(task.storage_url)
+    manifest = Manifest.read(storage, task.data_folder)
+    tokenizer = Tokenizer.load(storage.read_bytes(manifest.tokenizer_path), manifest.tokenizer_path)
+    folder = storage.child(task.run)
+    checkpoints = folder.child("checkpoints")
+    model = build_model(task.config.model, manifest.vocabulary_size, task.config.run.seed)
+    with CheckpointReader(checkpoints, commit.read_commit(checkpoints, task.step)) as reader:
+        model.load(load_parameters(reader))
+    return Evaluator(ModelAnswers(model.eval(), tokenizer, task.config), folder)
+
+
+class ModelAnswers:
+    """A model and its tokenizer; texts are encoded, cut and shortened the way training does it."""
+
+    def __init__(self, model: Transformer, tokenizer: Tokenizer, config: RunConfig) -> None:
+        self._model, self._tokenizer, self._data = model, tokenizer, config.data
+        self._corpora = {corpus.name: corpus for corpus in config.data.corpora}
+
+    def answer(self, corpus: str, requests: Sequence[Request], max_new_tokens: int) -> list[dict[str, Any]]:
+        """One answer per request in order, of the forms that `jobs.tasks.base` gives."""
+        keep_head = keeps_head(self._corpora[corpus])
+        answers: dict[int, dict[str, Any]] = {}
+        writing = [i for i, request in enumerate(requests) if isinstance(request, Generate)]
+        scoring = [i for i, request in enumerate(requests) if isinstance(request, LogLikelihood)]
+        sources = [requests[i].source for i in writing]
+        answers.update(zip(writing, self._generate(sources, keep_head, max_new_tokens), strict=True))
+        answers.update(zip(scoring, self._score([requests[i] for i in scoring], keep_head), strict=True))
+        return [answers[i] for i in range(len(requests))]
+
+    def _generate(self, sources: Sequence[str], keep_head: bool, max_new_tokens: int) -> list[dict[str, Any]]:
+        tokenizer = self._tokenizer
+        encoded = [fit_source(ids, self._data.source_tokens, keep_head) for ids in self._encode(sources)]
+        outputs = greedy(
+            self._model, [ids.tolist() for ids in encoded], tokenizer.bos_id, tokenizer.eos_id, max_new_tokens
+        )
+        return [
+            {
+                "text": tokenizer.decode(output),
+                "tokens": len(output),
+                "ended": bool(output) and output[-1] == tokenizer.eos_id,
+            }
+            for output in outputs
+        ]
+
+    def _score(self, requests: Sequence[LogLikelihood], keep_head: bool) -> list[dict[str, Any]]:
+        sources = self._encode([request.source for request in requests])
+        targets = self._encode([request.target for request in requests])
+        data, eos = self._data, self._tokenizer.eos_id
+        cut = [
+            cut_pairs(source, target, eos, data.source_tokens, data.target_tokens, keep_head)[:MOST_PIECES]
+            for source, target in zip(sources, targets, strict=True)
+        ]
+        scored = iter(self._score_pairs([pair for pairs in cut for pair in pairs]))
+        answers = []
+        for pairs in cut:
+            labels = np.concatenate([label for _, label in pairs])
+            found = [next(scored) for _ in pairs]
+            answers.append(
+                {
+                    "labels": labels.tolist(),
+                    "pieces": [len(label) for _, label in pairs],
+                    "nll": np.concatenate([nll for nll, _ in found]).tolist(),
+                    "correct": (np.concatenate([best for _, best in found]) == labels).tolist(),
+                    "bytes": len(self._tokenizer.decode(labels).encode()),
+                }
+            )
+        return answers
+
+    def _score_pairs(self, pairs: Sequence[Pair]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Nats and most probable token at each label of each pair; one pair per row, rows of like length together."""
+        results: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        order = sorted(range(len(pairs)), key=lambda i: (len(pairs[i][1]), len(pairs[i][0]), i))
+        for start in range(0, len(order), ROWS_AT_ONCE):
+            rows = order[start : start + ROWS_AT_ONCE]
+            nll, best = token_scores(self._model, self._batch([pairs[i] for i in rows]))
+            for row, i in enumerate(rows):
+                size = len(pairs[i][1])
+                results[i] = (nll[row, :size].double().numpy(), best[row, :size].numpy())
+        return [results[i] for i in range(len(pairs))]
+
+    def _batch(self, pairs: Sequence[Pair]) -> ModelBatch:
+        sources, labels = ([pair[side] for pair in pairs] for side in (0, 1))
+        samples = Samples(
+            np.concatenate(sources),
+            np.array([len(source) for source in sources]),
+            np.concatenate(labels),
+            np.array([len(label) for label in labels]),
+            np.ones(len(pairs), dtype=np.int64),
+        )
+        tokenizer, data = self._tokenizer, self._data
+        batch = collate(samples, 0, data.source_tokens, data.target_tokens, tokenizer.pad_id, tokenizer.bos_id)
+        inputs = (
+            batch.source_tokens,
+            batch.source_positions,
+            batch.source_segments,
+            batch.target_tokens,
+            batch.target_positions,
+            batch.target_segments,
+        )
+        return ModelBatch.from_numpy(0, inputs, batch.labels, batch.loss_weight).trimmed()
+
+    def _encode(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return self._tokenizer.encode_batch(texts) if texts else []
+
+
+def keeps_head(corpus: CorpusSection) -> bool:
+    """Whether a source that is too long keeps its head, which holds the task's prefix (as `data.prepare` decides)."""
+    return not corpus.continuation or bool(corpus.source)

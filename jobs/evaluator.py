@@ -16,8 +16,8 @@ RECORD_ERRORS = (TelarError, ValueError, TypeError, LookupError, ArithmeticError
 class Answerer(Protocol):
     """A loaded model that answers requests."""
 
-    def answer(self, requests: Sequence[Request], max_new_tokens: int) -> list[dict[str, Any]]:
-        """One answer per request, in order."""
+    def answer(self, corpus: str, requests: Sequence[Request], max_new_tokens: int) -> list[dict[str, Any]]:
+        """One answer per request, in order; `corpus` decides how texts are shortened."""
 
 
 class Evaluator:
@@ -33,17 +33,17 @@ class Evaluator:
     def rows(self, piece: Slice) -> list[Row]:
         """Rows of a slice in its order; an example that cannot be answered becomes a row with its error."""
         try:
-            return self._together(piece.examples, piece.max_new_tokens)
+            return self._together(piece, piece.examples)
         except RECORD_ERRORS:
-            return [self._alone(example, piece.max_new_tokens) for example in piece.examples]
+            return [self._alone(piece, example) for example in piece.examples]
 
-    def _together(self, examples: Sequence[Example], max_new_tokens: int) -> list[Row]:
+    def _together(self, piece: Slice, examples: Sequence[Example]) -> list[Row]:
         requests = [request for example in examples for request in example.requests]
-        answers = iter(self._model.answer(requests, max_new_tokens))
+        answers = iter(self._model.answer(piece.corpus, requests, piece.max_new_tokens))
         return [Row(example.record.index, tuple(next(answers) for _ in example.requests)) for example in examples]
 
-    def _alone(self, example: Example, max_new_tokens: int) -> Row:
+    def _alone(self, piece: Slice, example: Example) -> Row:
         try:
-            return self._together([example], max_new_tokens)[0]
+            return self._together(piece, [example])[0]
         except RECORD_ERRORS as error:
             return Row(example.record.index, (), f"{type(error).__name__}: {error}"[:2000])

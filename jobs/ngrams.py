@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -34,7 +35,8 @@ class NGrams:
         """Tokens counted."""
         return int(self.unigrams.sum())
 
-    def unigram_probabilities(self) -> np.ndarray:
+    @cached_property
+    def probabilities(self) -> np.ndarray:
         """P(w) of every token, `[vocabulary]`."""
         types = np.count_nonzero(self.unigrams)
         if types == 0:
@@ -43,7 +45,7 @@ class NGrams:
 
     def unigram_nll(self, tokens: np.ndarray) -> np.ndarray:
         """-log P(w) in nats of each token of one sequence, `[tokens]`."""
-        return -np.log(self.unigram_probabilities()[tokens])
+        return -np.log(self.probabilities[tokens])
 
     def bigram_nll(self, tokens: np.ndarray) -> np.ndarray:
         """-log P(w | h) in nats of each token of one sequence, `[tokens]`; the first one's history is bos."""
@@ -54,7 +56,7 @@ class NGrams:
         if self.pairs.size:
             place = np.minimum(np.searchsorted(self.pairs, key), self.pairs.size - 1)
             seen = np.where(self.pairs[place] == key, self.pair_counts[place], 0)
-        below = self.unigram_probabilities()[tokens]
+        below = self.probabilities[tokens]
         types, total = self.history_types[history], self.history_counts[history]
         known = np.maximum(total + types, 1)
         return -np.log(np.where(total > 0, (seen + types * below) / known, below))
@@ -70,7 +72,7 @@ class NGrams:
         after it and the most probable token of all.
         """
         size = self.vocabulary_size
-        below = self.unigram_probabilities()
+        below = self.probabilities
         history, word = self.pairs // size, self.pairs % size
         score = self.pair_counts + self.history_types[history] * below[word]
         best = np.full(size, self.unigram_guess(), dtype=np.int64)

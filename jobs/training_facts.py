@@ -2,17 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import numpy as np
+
 from cluster.storage import Storage
 from configs.schema import RunConfig
-from data.loader import consumed_targets
+from data.loader import consumed_pairs
 from data.manifest import Manifest
 from data.shard_server import plain_opener
+from data.tokenizer import Tokenizer
 from jobs.ngrams import count
 from jobs.tasks.base import TrainingFacts
 
+TARGETS_KEPT = 20_000
+
 
 def training_facts(config: RunConfig, storage: Storage, manifest: Manifest, steps: int) -> TrainingFacts:
-    """Count the target tokens of steps 1 to `steps` and collect targets of corpora that need them as text."""
-    opener = plain_opener(storage, manifest)
-    ngrams = count(consumed_targets(manifest, config, opener, steps), manifest.vocabulary_size, manifest.bos_id)
-    return TrainingFacts(ngrams, {})
+    """Count the target tokens of steps 1 to `steps`, and keep the first 20,000 targets of each summary corpus as text.
+
+    A target is kept as often as it was trained on; of one that was cut in pieces only the last piece is.
+    """
+    tokenizer = Tokenizer.load(storage.read_bytes(manifest.tokenizer_path), manifest.tokenizer_path)
+    kept: dict[str, list[np.ndarray]] = {c.name: [] for c in config.data.corpora if c.task == "summary"}
+
+    def labels() -> Iterator[np.ndarray]:
+        for corpus, sequence in consumed_pairs(manifest, config, plain_opener(storage, manifest), steps):
+            targets = kept.get(corpus)
+            if targets is not None and len(targets) < TARGETS_KEPT and sequence[-1] == manifest.eos_id:
+                targets.append(sequence)
+            yield sequence
+
+    ngrams = count(labels(), manifest.vocabulary_size, manifest.bos_id)
+    texts: dict[bytes, str] = {}
+    for sequences in kept.values():
+        for sequence in sequences:
+            key = sequence.tobytes()
+            if key not in texts:
+                texts[key] = tokenizer.decode(sequence)
+    targets = {corpus: [texts[s.tobytes()] for s in sequences] for corpus, sequences in kept.items()}
+    return TrainingFacts(ngrams, targets)

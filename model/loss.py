@@ -51,7 +51,7 @@ def chunked_cross_entropy(
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(  # noqa: ANN205
+    def forward(
         ctx,  # noqa: ANN001
         hidden: Tensor,
         weight: Tensor,
@@ -101,7 +101,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return loss, nll_sum
 
     @staticmethod
-    def backward(ctx, loss_gradient: Tensor, _nll_gradient: Tensor):  # noqa: ANN001, ANN205
+    def backward(ctx, loss_gradient: Tensor, _nll_gradient: Tensor):  # noqa: ANN001
         hidden_gradient, weight_gradient = ctx.gradients
         ctx.gradients = None
         scaled_weight = weight_gradient.mul_(loss_gradient).to(ctx.dtype)

@@ -68,7 +68,7 @@ def initial_parameter(name: str, shape: torch.Size, seed: int) -> Tensor:
 
 
 class Transformer(nn.Module):
-    """Runs a list of layers in order; the embedding matrix is one parameter, `embedding.weight`, wherever it is used."""
+    """Runs a list of layers in order; the embedding matrix is one parameter, `embedding.weight`, wherever it serves."""
 
     def __init__(self, layers: list[LayerSpec], vocabulary_size: int, d_model: int) -> None:
         super().__init__()
@@ -82,6 +82,17 @@ class Transformer(nn.Module):
         """Set every parameter to what its name and the run's seed give."""
         for name, parameter in self.named_parameters():
             parameter.copy_(initial_parameter(name, parameter.shape, seed))
+
+    @torch.no_grad()
+    def load(self, parameters: Mapping[str, Tensor]) -> None:
+        """Set every parameter from full tensors by name; raises KeyError or ValueError when they do not fit."""
+        own = dict(self.named_parameters())
+        if own.keys() != parameters.keys():
+            raise KeyError(f"parameters differ: {sorted(own.keys() ^ parameters.keys())[:4]}")
+        for name, parameter in own.items():
+            if parameter.shape != parameters[name].shape:
+                raise ValueError(f"{name}: {tuple(parameters[name].shape)} given, {tuple(parameter.shape)} expected")
+            parameter.copy_(parameters[name])
 
     def layers(self, kind: type[nn.Module] | None = None) -> list[nn.Module]:
         """The layers in order, or those of one kind."""

@@ -34,7 +34,7 @@ class FakeModel:
     def __init__(self, poison=None, shift=0.0):
         self.poison, self.shift, self.batches = poison, shift, []
 
-    def answer(self, requests, max_new_tokens):
+    def answer(self, corpus, requests, max_new_tokens):
         self.batches.append([request.source for request in requests])
         if self.poison and any(self.poison in request.source for request in requests):
             raise ValueError(f"cannot answer {self.poison}")
@@ -48,7 +48,13 @@ class FakeModel:
                 "ended": True,
             }
         fits = request.source.split()[-1] == request.target.split()[-1].rstrip(".")
-        return {"labels": [2, 3, 0], "nll": [self.shift + (1.0 if fits else 2.0)] * 3, "correct": [1, 0, 1], "bytes": 9}
+        return {
+            "labels": [2, 3, 0],
+            "nll": [self.shift + (1.0 if fits else 2.0)] * 3,
+            "correct": [1, 0, 1],
+            "pieces": [3],
+            "bytes": 9,
+        }
 
 
 def make_config(**evaluate):

@@ -120,8 +120,8 @@ def test_strata_keep_each_corpus_size():
     assert free.low < 0.25 < free.high
 
 
-def scored(labels, nll, correct, bytes_=4):
-    return {"labels": labels, "nll": nll, "correct": correct, "bytes": bytes_}
+def scored(labels, nll, correct, pieces=None):
+    return {"labels": labels, "pieces": pieces or [len(labels)], "nll": nll, "correct": correct, "bytes": 4}
 
 
 def test_likelihood_by_hand():
@@ -141,6 +141,15 @@ def test_likelihood_by_hand():
     assert named["bigram"].value == pytest.approx(-sum(math.log(bigram(h, w)) for h, w in chain) / 4)
     assert named["bigram"].difference == pytest.approx(nll.value - named["bigram"].value)
     assert {base.name: base.value for base in match.baselines} == {"unigram": 0.25, "bigram": 0.75}
+
+
+def test_every_piece_of_a_long_target_starts_after_bos():
+    facts = TrainingFacts(count([np.array([2, 3, 0])] * 4, 5, BOS))
+    nll, _, match = likelihood_metrics([Row(0, (scored([2, 3, 2, 3], [1.0] * 4, [0] * 4, [2, 2]),))], facts, config())
+    _, bigram = slow_probabilities([[2, 3, 0]] * 4, 5)
+    chain = [(1, 2), (2, 3), (1, 2), (2, 3)]
+    assert nll.baselines[1].value == pytest.approx(-sum(math.log(bigram(h, w)) for h, w in chain) / 4)
+    assert match.baselines[1].value == 1.0
 
 
 def records(count_):

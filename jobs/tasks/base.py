@@ -28,7 +28,8 @@ class Generate:
 class LogLikelihood:
     """Ask how likely a target text is given a source text.
 
-    Answer: {"labels": token ids with eos, "nll": nats of each, "correct": whether it was the most probable one,
+    Answer: {"labels": token ids with eos, "pieces": how many labels each decoder input holds (long targets are cut,
+    each piece starts after bos), "nll": nats of each label, "correct": whether it was the most probable token,
     "bytes": UTF-8 bytes of the text that the labels stand for}.
     """
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -55,25 +56,23 @@ def likelihood_metrics(
 ) -> list[Metric]:
     """Token-weighted metrics over rows of one corpus, or of several when `strata` names each row's corpus."""
     ngrams, answers = facts.ngrams, [row.answers[0] for row in rows]
-    labels = [np.asarray(answer["labels"], dtype=np.int64) for answer in answers]
-    tokens = np.array([label.size for label in labels])
+    # One list per record, of the pieces that long targets are cut into; every model starts a piece after bos.
+    pieces = [_pieces(answer) for answer in answers]
+    tokens = np.array([len(answer["labels"]) for answer in answers])
     seed = config.run.seed
 
-    def sums(values: list[np.ndarray]) -> np.ndarray:
-        return np.array([np.sum(value) for value in values], dtype=np.float64)
+    def sums(value: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+        return np.array([sum(float(value(piece).sum()) for piece in record) for record in pieces])
 
-    model = sums([np.asarray(answer["nll"], dtype=np.float64) for answer in answers])
-    beside = {
-        "unigram": sums([ngrams.unigram_nll(label) for label in labels]),
-        "bigram": sums([ngrams.bigram_nll(label) for label in labels]),
-    }
-    right = sums([np.asarray(answer["correct"], dtype=np.float64) for answer in answers])
     guess, guesses = ngrams.unigram_guess(), ngrams.bigram_guesses()
-    histories = [np.concatenate([[ngrams.bos_id], label[:-1]]).astype(np.int64) for label in labels]
-    guessed = {
-        "unigram": sums([label == guess for label in labels]),
-        "bigram": sums([label == guesses[history] for label, history in zip(labels, histories, strict=True)]),
-    }
+
+    def bigram_hits(piece: np.ndarray) -> np.ndarray:
+        return piece == guesses[np.concatenate([[ngrams.bos_id], piece[:-1]])]
+
+    model = np.array([math.fsum(answer["nll"]) for answer in answers])
+    beside = {"unigram": sums(ngrams.unigram_nll), "bigram": sums(ngrams.bigram_nll)}
+    right = np.array([sum(answer["correct"]) for answer in answers], dtype=np.float64)
+    guessed = {"unigram": sums(lambda piece: piece == guess), "bigram": sums(bigram_hits)}
     in_bits = 1.0 / math.log(2)
     text_bytes = np.array([answer["bytes"] for answer in answers], dtype=np.float64)
     common = {"evaluate": config.evaluate, "seed": seed, "tokens": int(tokens.sum()), "strata": strata}
@@ -88,3 +87,8 @@ def likelihood_metrics(
         )
         metrics.insert(1, per_byte)
     return metrics
+
+
+def _pieces(answer: dict[str, Any]) -> list[np.ndarray]:
+    labels = np.asarray(answer["labels"], dtype=np.int64)
+    return np.split(labels, np.cumsum(answer["pieces"])[:-1])

@@ -1,0 +1,171 @@
+"""First half of preparation: files -> rendered (source, target) texts, in chunks that later tasks tokenize.
+
+Corpora that read the same files are extracted together, so that each file is read and parsed once.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections import Counter, defaultdict
+from dataclasses import asdict, dataclass
+
+import pyarrow as pa
+
+from cluster.storage import Storage
+from configs.errors import DataError
+from configs.schema import CorpusSection
+from data.held_out import is_held_out_record, record_row, write_records
+from data.manifest import ShardInfo
+from data.sources import KNOWN_FIELDS, SourceFile, read_records
+from data.templates import PairTemplate, where
+
+CHUNK_CHARACTERS = 64 * 2**20
+TEXTS = pa.schema([pa.field("source", pa.large_string(), False), pa.field("target", pa.large_string(), False)])
+
+
+@dataclass(frozen=True)
+class ExtractTask:
+    """Some files of one or more corpora that share kind, path and exclude."""
+
+    storage_url: str
+    folder: str
+    part: int
+    corpora: tuple[CorpusSection, ...]
+    files: tuple[SourceFile, ...]
+    held_out: frozenset[str]
+    # Share of records held out by their own hash; used where a corpus is one file.
+    record_fraction: float
+    source_tokens: int
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """One file of rendered training texts of one corpus."""
+
+    corpus: str
+    path: str
+    records: int
+    characters: int
+
+
+@dataclass
+class Extracted:
+    """What a task left in storage, by corpus name where the corpora differ."""
+
+    chunks: list[Chunk]
+    held_out: dict[str, ShardInfo]
+    counts: dict[str, dict[str, int]]
+
+    def to_json(self) -> str:
+        """JSON text."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Extracted:
+        """Inverse of `to_json`."""
+        body = json.loads(text)
+        held_out = {name: ShardInfo(**info) for name, info in body["held_out"].items()}
+        return cls([Chunk(**chunk) for chunk in body["chunks"]], held_out, body["counts"])
+
+
+def extract(task: ExtractTask) -> Extracted:
+    """Read the task's files and write chunks and held-out records below `folder`/work; done work is kept.
+
+    Raises DataError for input that cannot be used.
+    """
+    storage = Storage(task.storage_url).child(task.folder)
+    receipt = f"work/extract-{task.part:05d}.json"
+    if storage.exists(receipt):
+        return Extracted.from_json(storage.read_text(receipt))
+    templates = {corpus.name: PairTemplate(corpus, task.source_tokens) for corpus in task.corpora}
+    writers = {corpus.name: _ChunkWriter(storage, corpus.name, task.part) for corpus in task.corpora}
+    held_out: dict[str, list[dict[str, str]]] = defaultdict(list)
+    counts = {corpus.name: Counter() for corpus in task.corpora}
+    shared: Counter[str] = Counter()
+    reader = task.corpora[0]
+    for file in task.files:
+        shared["files"] += 1
+        file_is_held_out = file.relative in task.held_out
+        for number, record in enumerate(read_records(reader, file, shared), 1):
+            keep = file_is_held_out or (task.record_fraction > 0 and is_held_out_record(record, task.record_fraction))
+            for name, template in templates.items():
+                if reader.kind not in KNOWN_FIELDS:
+                    template.check(record.keys(), f"{file.url} (record {number})")
+                pair = template.render(record)
+                if pair is None:
+                    counts[name]["records with an empty source or target"] += 1
+                elif keep:
+                    held_out[name].append(record_row(*pair, record))
+                else:
+                    writers[name].add(*pair)
+    for name, count in counts.items():
+        count.update(shared)
+        count["records held out"] = len(held_out[name])
+    result = Extracted(
+        [chunk for writer in writers.values() for chunk in writer.close()],
+        {name: write_records(storage, f"work/held-{name}-{task.part:05d}.parquet", held_out[name]) for name in counts},
+        {name: dict(count) for name, count in counts.items()},
+    )
+    storage.write_text(receipt, result.to_json())
+    return result
+
+
+class _ChunkWriter:
+    def __init__(self, storage: Storage, corpus: str, part: int) -> None:
+        self._storage, self._corpus, self._part = storage, corpus, part
+        self._chunks: list[Chunk] = []
+        self._sources: list[str] = []
+        self._targets: list[str] = []
+        self._characters = 0
+
+    def add(self, source: str, target: str) -> None:
+        self._sources.append(source)
+        self._targets.append(target)
+        self._characters += len(source) + len(target)
+        if self._characters >= CHUNK_CHARACTERS:
+            self._flush()
+
+    def close(self) -> list[Chunk]:
+        if self._sources:
+            self._flush()
+        return self._chunks
+
+    def _flush(self) -> None:
+        path = f"work/texts-{self._corpus}-{self._part:05d}-{len(self._chunks):03d}.arrow"
+        table = pa.table({"source": self._sources, "target": self._targets}, schema=TEXTS)
+        buffer = io.BytesIO()
+        with pa.ipc.new_file(buffer, TEXTS) as writer:
+            writer.write_table(table)
+        self._storage.write_bytes(path, buffer.getvalue())
+        self._chunks.append(Chunk(self._corpus, path, len(self._sources), self._characters))
+        self._sources, self._targets, self._characters = [], [], 0
+
+
+def read_chunk(storage: Storage, chunk: Chunk) -> tuple[list[str], list[str]]:
+    """Sources and targets of a chunk; `storage` is the data folder's."""
+    table = pa.ipc.open_file(io.BytesIO(storage.read_bytes(chunk.path))).read_all()
+    return table["source"].to_pylist(), table["target"].to_pylist()
+
+
+def check_known_fields(corpus: CorpusSection, source_tokens: int) -> None:
+    """Raise DataError when a template is wrong for every record that the corpus's kind can give."""
+    template = PairTemplate(corpus, source_tokens)
+    if corpus.kind in KNOWN_FIELDS:
+        template.check(KNOWN_FIELDS[corpus.kind], f"kind {corpus.kind!r}")
+
+
+def check_not_empty(corpus: CorpusSection, counts: Counter[str], training_records: int) -> None:
+    """Raise DataError when a corpus gave no record to train on."""
+    if training_records:
+        return
+    if counts["records held out"]:
+        raise DataError(
+            f"{where(corpus, 'path')}: all {counts['records held out']} records of {corpus.path} are held out; lower "
+            "data.held_out_fraction or add files"
+        )
+    reasons = ", ".join(f"{reason}: {number}" for reason, number in sorted(counts.items()) if number)
+    raise DataError(
+        f"{where(corpus, 'path')}: {corpus.path} gives no record of kind {corpus.kind!r} ({reasons}); change path or "
+        "kind, or put content there"
+    )

@@ -1,0 +1,285 @@
+"""Preparation: corpora -> texts -> tokenizer -> packed shards -> manifest, fanned out, resumable, deterministic.
+
+How files are divided among tasks depends on the inputs alone, so any runner and any number of tasks at a time give
+the same bytes. Each task leaves a receipt in `work/`; a preparation that was killed goes on from those. The manifest
+is written last and `work/` removed after it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import fsspec
+import xxhash
+
+from cluster.storage import Storage
+from configs.errors import DataError, TelarError
+from configs.schema import CorpusSection, RunConfig
+from data.encode import TOKENIZER, Encoded, EncodeTask, encode, train_tokenizer
+from data.extract import Chunk, Extracted, ExtractTask, check_known_fields, check_not_empty, extract
+from data.held_out import held_out_files, read_rows, write_records
+from data.manifest import FORMAT_VERSION, NAME, CorpusInfo, Manifest, ShardInfo, folder_of
+from data.runners import Runner
+from data.sources import SourceFile, list_files
+from data.tokenizer import Tokenizer
+
+# Fields that decide how data is served, not what it is.
+OPERATIONAL = {"cache_bytes", "prepare_tasks", "lanes", "window_blocks"}
+LEAST_PART_BYTES, MOST_PART_BYTES, PARTS = 4 * 2**20, 64 * 2**20, 64
+
+Group = tuple[str, str, tuple[str, ...]]
+
+
+def data_digest(config: RunConfig) -> str:
+    """What prepared data is stored under: a hash of the data section and of path, size and version of each input.
+
+    Operational fields do not enter. Raises DataError when a corpus or the tokenizer file cannot be found.
+    """
+    return _digest(config, _inputs(config))
+
+
+def prepare(config: RunConfig, storage: Storage, run_tasks: Runner, report: Callable[[str], None]) -> Manifest:
+    """Prepare the data of `config` below `storage`, or find it prepared (then nothing is reported).
+
+    Raises DataError naming the corpus field and the file when an input cannot be used.
+    """
+    inputs = _inputs(config)
+    digest = _digest(config, inputs)
+    folder = folder_of(digest)
+    found = _prepared(storage, folder)
+    if found is not None:
+        return found
+    try:
+        return _prepare(config, storage, run_tasks, report, inputs, digest)
+    except FileNotFoundError:
+        # Another process that prepared the same data finished first and removed work/ under our feet.
+        found = _prepared(storage, folder)
+        if found is None:
+            raise
+        return found
+
+
+def ray_tasks(limit: int) -> Runner:
+    """A runner of Ray tasks with one CPU each, at most `limit` at a time; the first error ends the rest."""
+
+    def run(function: Callable[..., Any], arguments: Sequence[tuple]) -> list[Any]:
+        import ray
+
+        remote = ray.remote(num_cpus=1, max_retries=2)(_call)
+        results: dict[int, Any] = {}
+        running: dict[ray.ObjectRef, int] = {}
+        waiting = list(enumerate(arguments))[::-1]
+        try:
+            while waiting or running:
+                while waiting and len(running) < limit:
+                    number, each = waiting.pop()
+                    running[remote.remote(function, each)] = number
+                done, _ = ray.wait(list(running), num_returns=1)
+                number = running.pop(done[0])
+                try:
+                    results[number] = ray.get(done[0])
+                except ray.exceptions.RayTaskError as error:
+                    if isinstance(error.cause, TelarError):
+                        raise error.cause from error
+                    raise
+        finally:
+            for reference in running:
+                ray.cancel(reference)
+        return [results[number] for number in range(len(arguments))]
+
+    return run
+
+
+def _call(function: Callable[..., Any], arguments: tuple) -> Any:
+    # The task asked Ray for one CPU; the tokenizers library would take a thread per core.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    return function(*arguments)
+
+
+def _group(corpus: CorpusSection) -> Group:
+    return corpus.kind, corpus.path, corpus.exclude
+
+
+def _inputs(config: RunConfig) -> dict[Group, list[SourceFile]]:
+    inputs: dict[Group, list[SourceFile]] = {}
+    for corpus in config.data.corpora:
+        check_known_fields(corpus, config.data.source_tokens)
+        if _group(corpus) not in inputs:
+            inputs[_group(corpus)] = list_files(corpus)
+    return inputs
+
+
+def _digest(config: RunConfig, inputs: dict[Group, list[SourceFile]]) -> str:
+    section = config.data.model_dump(mode="json", exclude=OPERATIONAL)
+    for corpus, dumped in zip(config.data.corpora, section["corpora"], strict=True):
+        del dumped["path"]
+        dumped["files"] = [(file.relative, file.bytes, file.version) for file in inputs[_group(corpus)]]
+    if config.data.tokenizer.path is not None:
+        section["tokenizer"] = {"digest": xxhash.xxh3_128_hexdigest(_given_tokenizer(config.data.tokenizer.path))}
+    text = json.dumps([FORMAT_VERSION, section], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def _given_tokenizer(path: str) -> bytes:
+    try:
+        with fsspec.open(path, "rb") as file:
+            content = file.read()
+    except OSError as error:
+        raise DataError(f"data.tokenizer.path: {path} cannot be read ({error}); correct the path") from error
+    Tokenizer.load(content, f"data.tokenizer.path: {path}")
+    return content
+
+
+def _prepared(storage: Storage, folder: str) -> Manifest | None:
+    """The manifest, if it is there and so are all files that it lists; their digests are checked by who reads them."""
+    if not storage.exists(f"{folder}/{NAME}"):
+        return None
+    manifest = Manifest.read(storage, folder)
+    paths = [TOKENIZER, *(file.path for file in manifest.files())]
+    folders = {path.rpartition("/")[0] for path in paths}
+    present = {f"{below}/{name}".lstrip("/") for below in folders for name in storage.names(f"{folder}/{below}")}
+    return manifest if present.issuperset(paths) else None
+
+
+def _prepare(
+    config: RunConfig,
+    storage: Storage,
+    run_tasks: Runner,
+    report: Callable[[str], None],
+    inputs: dict[Group, list[SourceFile]],
+    digest: str,
+) -> Manifest:
+    folder = folder_of(digest)
+    tasks = _extract_tasks(config, storage, folder, inputs)
+    size = sum(file.bytes for files in inputs.values() for file in files)
+    report(
+        f"preparing {folder}: {sum(map(len, inputs.values()))} files, {size / 1e6:.1f} MB, {len(tasks)} reading tasks"
+    )
+    extracted: list[Extracted] = run_tasks(extract, [(task,) for task in tasks])
+    chunks: dict[str, list[Chunk]] = defaultdict(list)
+    counts: dict[str, Counter[str]] = defaultdict(Counter)
+    for result in extracted:
+        for chunk in result.chunks:
+            chunks[chunk.corpus].append(chunk)
+        for name, count in result.counts.items():
+            counts[name].update(count)
+    for corpus in config.data.corpora:
+        check_not_empty(corpus, counts[corpus.name], sum(chunk.records for chunk in chunks[corpus.name]))
+
+    inside = storage.child(folder)
+    if config.data.tokenizer.path is not None:
+        inside.write_bytes(TOKENIZER, _given_tokenizer(config.data.tokenizer.path))
+    else:
+        samples = _tokenizer_samples(config, chunks)
+        run_tasks(train_tokenizer, [(storage.url, folder, samples, config.data.tokenizer.vocabulary_size)])
+    tokenizer = Tokenizer.load(inside.read_bytes(TOKENIZER))
+    report(f"tokenizer: {tokenizer.vocabulary_size} entries, digest {tokenizer.digest}")
+
+    encode_tasks = [
+        EncodeTask(
+            storage.url,
+            folder,
+            chunk,
+            number,
+            not corpus.continuation or bool(corpus.source),
+            config.data.source_tokens,
+            config.data.target_tokens,
+            config.data.shard_rows,
+            config.data.block_rows,
+        )
+        for corpus in config.data.corpora
+        for number, chunk in enumerate(chunks[corpus.name])
+    ]
+    encoded: dict[str, list[Encoded]] = defaultdict(list)
+    for task, result in zip(encode_tasks, run_tasks(encode, [(task,) for task in encode_tasks]), strict=True):
+        encoded[task.chunk.corpus].append(result)
+    corpora = []
+    for corpus in config.data.corpora:
+        count = counts[corpus.name]
+        count["records"] = sum(chunk.records for chunk in chunks[corpus.name])
+        count["targets cut in pieces"] = sum(result.cut_targets for result in encoded[corpus.name])
+        count["source tokens cut off"] = sum(result.truncated_source_tokens for result in encoded[corpus.name])
+        corpora.append(
+            CorpusInfo(
+                name=corpus.name,
+                weight=corpus.weight,
+                task=corpus.task,
+                pairs=sum(result.pairs for result in encoded[corpus.name]),
+                shards=tuple(shard for result in encoded[corpus.name] for shard in result.shards),
+                held_out=_merge_held_out(inside, corpus.name, extracted),
+                counts=dict(sorted(count.items())),
+            )
+        )
+    manifest = Manifest(
+        digest=digest,
+        tokenizer_digest=tokenizer.digest,
+        vocabulary_size=tokenizer.vocabulary_size,
+        pad_id=tokenizer.pad_id,
+        bos_id=tokenizer.bos_id,
+        eos_id=tokenizer.eos_id,
+        source_capacity=config.data.source_tokens,
+        target_capacity=config.data.target_tokens,
+        corpora=tuple(corpora),
+    )
+    inside.write_text(NAME, manifest.to_json())
+    inside.remove("work")
+    for line in manifest.summary():
+        report(line)
+    return manifest
+
+
+def _extract_tasks(
+    config: RunConfig, storage: Storage, folder: str, inputs: dict[Group, list[SourceFile]]
+) -> list[ExtractTask]:
+    tasks: list[ExtractTask] = []
+    for group, files in inputs.items():
+        fraction = config.data.held_out_fraction
+        held_out = held_out_files([file.relative for file in files], fraction)
+        part_bytes = min(max(sum(file.bytes for file in files) // PARTS, LEAST_PART_BYTES), MOST_PART_BYTES)
+        parts: list[list[SourceFile]] = [[]]
+        taken = 0
+        for file in files:
+            if parts[-1] and taken + file.bytes > part_bytes:
+                parts.append([])
+                taken = 0
+            parts[-1].append(file)
+            taken += file.bytes
+        corpora = tuple(corpus for corpus in config.data.corpora if _group(corpus) == group)
+        for part in parts:
+            tasks.append(
+                ExtractTask(
+                    storage.url,
+                    folder,
+                    len(tasks),
+                    corpora,
+                    tuple(part),
+                    held_out & {file.relative for file in part},
+                    fraction if len(files) == 1 else 0.0,
+                    config.data.source_tokens,
+                )
+            )
+    return tasks
+
+
+def _tokenizer_samples(config: RunConfig, chunks: dict[str, list[Chunk]]) -> list[tuple[Chunk, int]]:
+    """Characters to take from each chunk: `sample_bytes` divided among corpora by weight, within one by size."""
+    total_weight = sum(corpus.weight for corpus in config.data.corpora)
+    samples = []
+    for corpus in config.data.corpora:
+        characters = sum(chunk.characters for chunk in chunks[corpus.name])
+        share = config.data.tokenizer.sample_bytes * corpus.weight / total_weight
+        samples.extend((chunk, round(share * chunk.characters / characters)) for chunk in chunks[corpus.name])
+    return samples
+
+
+def _merge_held_out(inside: Storage, corpus: str, extracted: list[Extracted]) -> ShardInfo:
+    rows = []
+    for result in extracted:
+        if corpus in result.held_out:
+            rows.extend(read_rows(inside, result.held_out[corpus]))
+    return write_records(inside, f"held_out/{corpus}.parquet", rows)

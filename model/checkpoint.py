@@ -1,0 +1,215 @@
+"""Rank files of a checkpoint: written from a snapshot while training goes on, read back verified, by global offsets.
+
+A rank file is a safetensors file. A tensor's key is `parameter|state|start`: a range of that parameter's flattened
+state. The metadata holds the full shape of each parameter that has a range in the file.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import xxhash
+from safetensors import safe_open
+from torch import Tensor
+
+from cluster.commit import CheckpointError, Committed, RankFile, attempt_folder, rank_file_name
+from cluster.storage import Storage
+from model.engine import Engine
+from model.fragments import WEIGHT, Fragment, fragments
+
+BLOCK_BYTES = 4 * 2**20
+DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+
+
+def snapshot(engine: Engine) -> list[Fragment]:
+    """This rank's fragments copied to host memory: training may go on while they are written."""
+    return [
+        Fragment(piece.name, piece.state, piece.shape, piece.start, piece.tensor.detach().to("cpu", copy=True))
+        for piece in fragments(engine)
+    ]
+
+
+def write_snapshot(
+    checkpoints: Storage,
+    step: int,
+    attempt: int,
+    rank: int,
+    pieces: Sequence[Fragment],
+    extra: dict[str, str] | None = None,
+) -> RankFile:
+    """Stream a snapshot into this rank's file below the attempt's folder; returns its record for `cluster.commit`.
+
+    `extra` goes into the file's metadata. Uncommitted until the controller commits; raises StorageError.
+    """
+    name = rank_file_name(rank)
+    digest, size = xxhash.xxh3_128(), 0
+    with checkpoints.open(f"{attempt_folder(step, attempt)}/{name}", "wb") as file:
+        for block in _serialized(pieces, {"step": str(step), **(extra or {})}):
+            file.write(block)
+            digest.update(block)
+            size += len(block)
+    return RankFile(rank, name, size, digest.hexdigest())
+
+
+def write_rank(
+    checkpoints: Storage, step: int, attempt: int, rank: int, engine: Engine, extra: dict[str, str] | None = None
+) -> RankFile:
+    """`snapshot` and `write_snapshot` in one go."""
+    return write_snapshot(checkpoints, step, attempt, rank, snapshot(engine), extra)
+
+
+def _serialized(pieces: Sequence[Fragment], metadata: dict[str, str]) -> Iterator[bytes | memoryview]:
+    """The safetensors format (length, JSON header, raw little-endian tensors), without a second copy in memory."""
+    shapes = {piece.name: piece.shape for piece in pieces}
+    header: dict[str, Any] = {"__metadata__": {**metadata, "shapes": json.dumps(shapes)}}
+    end = 0
+    for piece in pieces:
+        begin, end = end, end + piece.tensor.numel() * piece.tensor.element_size()
+        header[f"{piece.name}|{piece.state}|{piece.start}"] = {
+            "dtype": DTYPES[piece.dtype],
+            "shape": [piece.tensor.numel()],
+            "data_offsets": [begin, end],
+        }
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little")
+    yield text
+    for piece in pieces:
+        yield memoryview(piece.tensor.contiguous().view(torch.uint8).numpy())
+
+
+class _Range(NamedTuple):
+    start: int
+    numel: int
+    file: int
+    key: str
+
+
+class CheckpointReader:
+    """A committed checkpoint; every rank file is checked against its digest before any of its bytes is used.
+
+    Files in remote storage are kept in a temporary folder until `close` (or the end of a `with` block).
+    """
+
+    def __init__(self, checkpoints: Storage, committed: Committed) -> None:
+        """Raises CheckpointError naming the file that is absent, of another size or of another content."""
+        self.committed = committed
+        self._temporary: tempfile.TemporaryDirectory | None = None
+        self._files: list[Any] = []
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._ranges: dict[tuple[str, str], list[_Range]] = {}
+        try:
+            for record in committed.manifest["files"]:
+                self._add(self._verified(checkpoints, RankFile(**record)))
+        except BaseException:
+            self.close()
+            raise
+        for ranges in self._ranges.values():
+            ranges.sort()
+
+    def __enter__(self) -> CheckpointReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the files."""
+        self._files.clear()
+        if self._temporary is not None:
+            self._temporary.cleanup()
+            self._temporary = None
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps behind this state."""
+        return self.committed.step
+
+    def names(self) -> list[str]:
+        """Names of all parameters, sorted."""
+        return sorted(self._shapes)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Full shape of every parameter."""
+        return dict(self._shapes)
+
+    def read(self, name: str, state: str, start: int, numel: int) -> Tensor:
+        """Elements `start .. start + numel` of a flattened parameter's state, float32 `[numel]`.
+
+        Raises CheckpointError when the checkpoint does not hold all of them.
+        """
+        result, filled = torch.empty(numel, dtype=torch.float32), 0
+        for piece in self._ranges.get((name, state), ()):
+            low, high = max(start, piece.start), min(start + numel, piece.start + piece.numel)
+            if low < high:
+                stored = self._files[piece.file].get_slice(piece.key)
+                result[low - start : high - start] = stored[low - piece.start : high - piece.start]
+                filled += high - low
+        if filled != numel:
+            raise CheckpointError(
+                f"{self.committed.folder}: {state} of {name!r} holds {filled} of the elements "
+                f"{start}..{start + numel}; the checkpoint is incomplete"
+            )
+        return result
+
+    def _verified(self, checkpoints: Storage, record: RankFile) -> str:
+        """A local path whose content has the recorded digest."""
+        path = f"{self.committed.folder}/{record.path}"
+        local, digest, size = checkpoints.local_path(path), xxhash.xxh3_128(), 0
+        try:
+            with (
+                _copy_target(self._copy_path(record) if local is None else None) as copy,
+                checkpoints.open(path) as file,
+            ):
+                while block := file.read(BLOCK_BYTES):
+                    digest.update(block)
+                    size += len(block)
+                    if copy is not None:
+                        copy.write(block)
+        except FileNotFoundError as error:
+            raise CheckpointError(f"{checkpoints.url}/{path}: absent; the checkpoint cannot be used") from error
+        if size != record.bytes or digest.hexdigest() != record.digest:
+            raise CheckpointError(
+                f"{checkpoints.url}/{path}: {size} bytes with digest {digest.hexdigest()}, its manifest says "
+                f"{record.bytes} bytes and {record.digest}; the file is damaged, use another checkpoint"
+            )
+        return local or str(self._copy_path(record))
+
+    def _copy_path(self, record: RankFile) -> Path:
+        if self._temporary is None:
+            self._temporary = tempfile.TemporaryDirectory(prefix="telar-checkpoint-")
+        return Path(self._temporary.name) / record.path
+
+    def _add(self, path: str) -> None:
+        file = safe_open(path, framework="pt")
+        number = len(self._files)
+        self._files.append(file)
+        for name, shape in json.loads(file.metadata()["shapes"]).items():
+            self._shapes[name] = tuple(shape)
+        for key in file.keys():  # noqa: SIM118  (not a dict)
+            name, state, start = key.split("|")
+            ranges = self._ranges.setdefault((name, state), [])
+            ranges.append(_Range(int(start), file.get_slice(key).get_shape()[0], number, key))
+
+
+@contextmanager
+def _copy_target(path: Path | None) -> Iterator[Any]:
+    if path is None:
+        yield None
+        return
+    with path.open("wb") as file:
+        yield file
+
+
+def load_parameters(reader: CheckpointReader) -> dict[str, Tensor]:
+    """Every parameter's master weight by name, float32 in its full shape."""
+    return {
+        name: reader.read(name, WEIGHT, 0, torch.Size(shape).numel()).reshape(shape)
+        for name, shape in reader.shapes().items()
+    }

@@ -1,0 +1,36 @@
+"""Our schema -> DeepSpeed's configuration dictionary, as one pure function. Nobody writes DeepSpeed JSON."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from configs.schema import RunConfig
+
+
+def deepspeed_config(config: RunConfig) -> dict[str, Any]:
+    """The dictionary for `deepspeed.initialize`; the optimizer is ours and passed beside it.
+
+    The engine owns accumulation (it says which micro-batch is the last one) and loss scaling by tokens, so DeepSpeed
+    is told of one micro-batch per step.
+    """
+    result: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": config.train.micro_batch_sequences,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": config.optimizer.gradient_clipping,
+        "zero_optimization": {
+            "stage": config.parallelism.zero_stage,
+            "contiguous_gradients": True,
+            "overlap_comm": False,
+            "reduce_bucket_size": 50_000_000,
+            "allgather_bucket_size": 50_000_000,
+        },
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 2**31,
+        "wall_clock_breakdown": False,
+    }
+    if config.train.precision == "bf16":
+        # fp32 accumulation and reduction: many micro-batches of bf16 gradients would lose their small parts.
+        result["bf16"] = {"enabled": True}
+        result["data_types"] = {"grad_accum_dtype": "fp32"}
+        result["communication_data_type"] = "fp32"
+    return result

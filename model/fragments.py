@@ -1,0 +1,158 @@
+"""Fragments of training state straight out of DeepSpeed's own maps, and back into them at any rank count and stage.
+
+A fragment is a range of one parameter's flattened float32 state: its master weight or one of Adam's moments. Every
+element of every parameter lies on exactly one rank (ZeRO 1, 2 and 3 alike), so the fragments of all ranks together
+are the whole state, whatever the topology was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from cluster.commit import CheckpointError
+from model.engine import Engine
+
+WEIGHT, MOMENTS = "fp32", ("exp_avg", "exp_avg_sq")
+STATES = (WEIGHT, *MOMENTS)
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """Elements `start .. start + tensor.numel()` of the flattened parameter `name` of full shape `shape`.
+
+    `state` is "fp32" (master weight), "exp_avg" or "exp_avg_sq"; `tensor` is a flat view of live state.
+    """
+
+    name: str
+    state: str
+    shape: tuple[int, ...]
+    start: int
+    tensor: Tensor
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the elements."""
+        return self.tensor.dtype
+
+
+class Reader(Protocol):
+    """What `restore` reads from: a committed checkpoint, or any other holder of all fragments."""
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps that the state has behind it."""
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Full shape of every parameter."""
+
+    def read(self, name: str, state: str, start: int, numel: int) -> Tensor:
+        """A range of a flattened parameter's state, float32 `[numel]`."""
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a parameter's local range lies: flat partition, offset in it, elements, offset in the full parameter."""
+
+    name: str
+    shape: tuple[int, ...]
+    partition: int
+    offset: int
+    numel: int
+    start: int
+
+
+def fragments(engine: Engine) -> list[Fragment]:
+    """What this rank owns, in the order of the model's parameters. Views: copy them before the next step."""
+    optimizer = engine.deepspeed.optimizer
+    partitions = _partitions(optimizer)
+    for partition in partitions:
+        _moments(optimizer, partition, step=0)
+    found = []
+    for place in _places(engine):
+        flat = partitions[place.partition]
+        sources = {WEIGHT: flat.data, **{state: optimizer.optimizer.state[flat][state] for state in MOMENTS}}
+        for state, source in sources.items():
+            piece = source.narrow(0, place.offset, place.numel)
+            found.append(Fragment(place.name, state, place.shape, place.start, piece))
+    return found
+
+
+def restore(engine: Engine, reader: Reader) -> None:
+    """Fill this rank's master weights and moments from global ranges, then the weights that the model computes with.
+
+    Called on all ranks together, between steps. Raises CheckpointError when the checkpoint is of another model.
+    """
+    _check_shapes(engine, reader.shapes())
+    optimizer = engine.deepspeed.optimizer
+    for partition in _partitions(optimizer):
+        _moments(optimizer, partition, reader.step)
+    for piece in fragments(engine):
+        piece.tensor.copy_(reader.read(piece.name, piece.state, piece.start, piece.tensor.numel()))
+    if _stage(engine) == 3:
+        for flat, used in zip(_partitions(optimizer), optimizer.fp16_partitioned_groups_flat, strict=True):
+            used.data.copy_(flat.data)
+        # Small parameters are kept whole on every rank and must not keep their old values.
+        persistent = optimizer.persistent_parameters
+        if persistent:
+            persistent[0].partition(persistent)
+            persistent[0].all_gather(persistent)
+    else:
+        optimizer.update_lp_params()
+
+
+def _stage(engine: Engine) -> int:
+    return int(engine.deepspeed.zero_optimization_stage())
+
+
+def _partitions(optimizer: Any) -> list[Tensor]:
+    """This rank's flat float32 master weights, one tensor per parameter group (ZeRO-3: per sub-group)."""
+    for attribute in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition"):
+        if hasattr(optimizer, attribute):
+            return getattr(optimizer, attribute)
+    raise AssertionError(f"DeepSpeed's {type(optimizer).__name__} keeps its master weights in a place not known here")
+
+
+def _moments(optimizer: Any, partition: Tensor, step: int) -> None:
+    """Give a partition Adam's state as Adam would on its first step; with `step` > 0 the count is set to it."""
+    state = optimizer.optimizer.state[partition]
+    if not state:
+        state["step"] = torch.zeros((), dtype=torch.float32, device=partition.device)
+        for name in MOMENTS:
+            state[name] = torch.zeros_like(partition.data)
+    if step:
+        state["step"].fill_(float(step))
+
+
+def _places(engine: Engine) -> Iterator[_Place]:
+    optimizer = engine.deepspeed.optimizer
+    for name, parameter in engine.module.named_parameters():
+        if _stage(engine) == 3:
+            group, offset, per_rank = optimizer.grad_position[optimizer.get_param_id(parameter)]
+            start = per_rank * engine.rank
+            numel = min(per_rank, parameter.ds_numel - start)
+            if numel > 0:
+                yield _Place(name, tuple(parameter.ds_shape), group, offset, numel, start)
+        elif parameter._hp_mapping is not None:
+            mapping = parameter._hp_mapping
+            place, source = mapping.hp_fragment_address, mapping.lp_fragment_address
+            yield _Place(
+                name, tuple(parameter.shape), mapping.param_group_index, place.start, place.numel, source.start
+            )
+
+
+def _check_shapes(engine: Engine, stored: dict[str, tuple[int, ...]]) -> None:
+    expected = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in engine.module.named_parameters()}
+    if stored == expected:
+        return
+    for name in sorted(stored.keys() | expected.keys()):
+        if stored.get(name) != expected.get(name):
+            raise CheckpointError(
+                f"the checkpoint is of another model: {name} is {stored.get(name, 'absent')} in it and "
+                f"{expected.get(name, 'absent')} in this configuration; use the model section and the vocabulary that "
+                "it was trained with, or start a new run"
+            )

@@ -1,0 +1,356 @@
+"""Preparation: tokenizer, packing, shards, held-out records and the manifest that binds them."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cluster.storage import Storage
+from configs.errors import DataError
+from configs.load import parse_config
+from data.held_out import held_out_files, read_records, share_of
+from data.manifest import Manifest
+from data.packing import cut_pairs, fit_source, pack
+from data.prepare import data_digest, prepare
+from data.runners import serial
+from data.shards import ShardReader, file_digest
+from data.tokenizer import Tokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
+VERBS = ("load", "save", "merge", "split", "count", "parse")
+
+
+def write_code(folder, files=12):
+    folder.mkdir(exist_ok=True)
+    for number in range(files):
+        functions = [
+            f'def {verb}_{number}(items, limit={number}):\n    """{verb.title()} the first {number} items given.\n\n'
+            f'    The order of items is kept, {verb} by {verb}.\n    """\n    result = []\n'
+            f"    for item in items[:limit]:\n        result.append({verb}(item, {number}))\n"
+            + extra
+            + "    return result\n"
+            for verb, extra in zip(VERBS, ("", "    check(result)\n" * number, "", "", "", ""), strict=True)
+        ]
+        (folder / f"module_{number}.py").write_text("\n\n".join(functions))
+
+
+def make_config(path, **data):
+    tree = {
+        "data": {
+            "corpora": [
+                {
+                    "name": "code",
+                    "kind": "python",
+                    "path": str(path),
+                    "source": "complete: {context}{signature}",
+                    "target": "{body}",
+                    "weight": 2.0,
+                    "task": "completion",
+                },
+                {"name": "prose", "kind": "python", "path": str(path), "target": "{text}", "continuation": True},
+            ],
+            "tokenizer": {"vocabulary_size": 350},
+            "source_tokens": 48,
+            "target_tokens": 24,
+            "held_out_fraction": 0.2,
+            "shard_rows": 40,
+            "block_rows": 8,
+            "lanes": 2,
+            "window_blocks": 2,
+            **data,
+        },
+        "train": {"steps": 5, "global_batch_sequences": 8, "micro_batch_sequences": 2},
+    }
+    return parse_config(tree, "test")
+
+
+@pytest.fixture
+def code(tmp_path):
+    write_code(tmp_path / "code")
+    return tmp_path / "code"
+
+
+def files_below(storage):
+    root = Path(storage.local_path())
+    return {path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+def decoded_pairs(storage, manifest, name):
+    tokenizer = Tokenizer.load(storage.read_bytes(manifest.tokenizer_path))
+    for shard in manifest.corpus(name).shards:
+        reader = ShardReader(storage.local_path(f"{manifest.folder}/{shard.path}"), shard)
+        for row in range(shard.rows):
+            source, source_lengths, target, target_lengths = reader.row(row)
+            assert len(source) <= manifest.source_capacity and len(target) <= manifest.target_capacity
+            sources = np.split(source, np.cumsum(source_lengths)[:-1])
+            targets = np.split(target, np.cumsum(target_lengths)[:-1])
+            for one, other in zip(sources, targets, strict=True):
+                ended = other[-1] == tokenizer.eos_id
+                yield tokenizer.decode(one), tokenizer.decode(other[:-1] if ended else other), ended
+
+
+# Tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer.train([Path(__file__).read_text(), (ROOT / "data/order.py").read_text()], 500)
+
+
+@settings(deadline=None, max_examples=150)
+@given(text=st.text(max_size=80) | st.text(alphabet="if x:\n\t 0_<pad>", max_size=80))
+def test_decoding_gives_the_text_back(tokenizer, text):
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert all(2 < token < tokenizer.vocabulary_size for token in ids)
+
+
+def test_special_tokens_never_come_from_text_and_layout_is_cheap(tokenizer):
+    assert (tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id) == (0, 1, 2)
+    assert min(tokenizer.encode("<eos><pad><bos>")) > 2
+    assert len(tokenizer.encode("\n        ")) == 1
+    assert len(tokenizer.encode("2048")) == 4
+    assert Tokenizer.load(tokenizer.to_bytes()).digest == tokenizer.digest
+
+
+def test_training_does_not_depend_on_the_process(tmp_path):
+    script = (
+        "import sys; from data.tokenizer import Tokenizer; text = open('data/prepare.py').read();"
+        "print(Tokenizer.train(text.splitlines(True) * 3, 700).digest)"
+    )
+    digests = set()
+    for threads in ("1", "4"):
+        environment = {"RAYON_NUM_THREADS": threads, "PYTHONHASHSEED": threads, "PATH": "/usr/bin"}
+        done = subprocess.run(
+            [sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+        )
+        digests.add(done.stdout)
+    assert len(digests) == 1
+
+
+def test_a_tokenizer_that_cannot_be_used_is_refused(tmp_path, code):
+    (tmp_path / "t.json").write_text("{}")
+    with pytest.raises(DataError, match=r"data\.tokenizer\.path: .*no tokenizer\.json"):
+        data_digest(make_config(code, tokenizer={"path": str(tmp_path / "t.json")}))
+    with pytest.raises(DataError, match=r"data\.tokenizer\.path: .*nowhere"):
+        data_digest(make_config(code, tokenizer={"path": str(tmp_path / "nowhere.json")}))
+
+
+# Packing
+
+LENGTHS = st.lists(st.tuples(st.integers(1, 20), st.integers(1, 10)), min_size=1, max_size=120)
+
+
+@settings(deadline=None, max_examples=100)
+@given(lengths=LENGTHS, seed=st.integers(0, 2**32))
+def test_packing_holds_every_pair_once_within_both_capacities(lengths, seed):
+    sources, targets = zip(*lengths, strict=True)
+    samples = pack(sources, targets, 20, 10, seed)
+    assert sorted(i for sample in samples for i in sample) == list(range(len(lengths)))
+    for sample in samples:
+        assert sum(sources[i] for i in sample) <= 20 and sum(targets[i] for i in sample) <= 10
+    assert samples == pack(sources, targets, 20, 10, seed)
+
+
+def test_packing_is_near_the_lower_bound_on_mixed_lengths():
+    generator = np.random.default_rng(0)
+    lengths = np.minimum(generator.lognormal(3.3, 0.9, size=(4000, 2)).astype(int) + 1, [256, 256])
+    samples = pack(lengths[:, 0], lengths[:, 1], 256, 256, 1)
+    assert len(samples) <= 1.12 * lengths.sum(axis=0).max() / 256
+
+
+@settings(deadline=None, max_examples=100)
+@given(source=st.integers(1, 60), target=st.integers(0, 100), capacity=st.tuples(st.integers(4, 20), st.integers(1, 9)))
+def test_cut_pairs_keep_every_target_token_once_in_order(source, target, capacity):
+    ids, labels = np.arange(100, 100 + source), np.arange(1000, 1000 + target)
+    pairs = cut_pairs(ids, labels, 2, *capacity)
+    assert np.concatenate([label for _, label in pairs]).tolist() == [*labels.tolist(), 2]
+    assert all(0 < len(one) <= capacity[0] and 0 < len(label) <= capacity[1] for one, label in pairs)
+    for _, label in pairs[:-1]:
+        assert len(label) == capacity[1]
+    for (one, label), (_, before) in zip(pairs[1:], pairs[:-1], strict=True):
+        assert (one[-1] == before[-1] and label[0] == before[-1] + 1) or label[0] == 2
+
+
+def test_a_long_source_keeps_head_and_tail():
+    assert fit_source(np.arange(10), 8).tolist() == [0, 1, 4, 5, 6, 7, 8, 9]
+    assert fit_source(np.arange(10), 8, keep_head=False).tolist() == list(range(2, 10))
+    assert fit_source(np.arange(8), 8).tolist() == list(range(8))
+
+
+# Preparation as a whole
+
+
+def test_prepared_shards_hold_every_training_text(tmp_path, code):
+    config, storage = make_config(code), Storage(str(tmp_path / "store"))
+    lines = []
+    manifest = prepare(config, storage, serial, lines.append)
+    assert lines and manifest.folder == f"data/{data_digest(config)}"
+    tokenizer = Tokenizer.load(storage.read_bytes(manifest.tokenizer_path))
+    assert tokenizer.digest == manifest.tokenizer_digest and tokenizer.vocabulary_size == manifest.vocabulary_size
+    held = {record.fields["path"] for record in read_records(storage, manifest, "code", 10**6, 0)}
+    train = {file.name for file in code.iterdir()} - held
+    assert held and train
+    expected = sum((code / name).read_text().count("def ") for name in train)
+    pairs = list(decoded_pairs(storage, manifest, "code"))
+    assert manifest.corpus("code").counts["records"] == expected == sum(ended for _, _, ended in pairs)
+    assert manifest.corpus("code").pairs == len(pairs)
+    text = "".join(target for _, target, _ in pairs)
+    for name in train:
+        number = name.removesuffix(".py").split("_")[1]
+        assert f"result.append(parse(item, {number}))" in text
+    for name in held:
+        assert f"result.append(parse(item, {name.removesuffix('.py').split('_')[1]}))" not in text
+    for file in manifest.files():
+        path = storage.local_path(f"{manifest.folder}/{file.path}")
+        assert file_digest(path) == file.digest and Path(path).stat().st_size == file.bytes
+    assert not storage.exists(f"{manifest.folder}/work")
+    assert {held_path for held_path in storage.names(manifest.folder)} == {
+        *("held_out", "manifest.json", "shards", "tokenizer.json")
+    }
+
+
+def test_both_corpora_hold_out_the_same_files_and_records_keep_their_fields(tmp_path, code):
+    storage = Storage(str(tmp_path / "store"))
+    manifest = prepare(make_config(code), storage, serial, lambda line: None)
+    one, other = (read_records(storage, manifest, name, 10**6, 0) for name in ("code", "prose"))
+    assert {record.fields["path"] for record in one} == {record.fields["path"] for record in other}
+    for record in one:
+        assert record.target == record.fields["body"] and record.source.endswith(record.fields["signature"])
+        compile(record.fields["signature"] + "\n" + record.fields["body"], "x", "exec")
+    few = read_records(storage, manifest, "code", 4, 0)
+    assert len(few) == 4 and set(few) is not None if False else all(record in one for record in few)
+    assert few == read_records(storage, manifest, "code", 4, 0) != read_records(storage, manifest, "code", 4, 1)
+    assert [record.index for record in few] == sorted(record.index for record in few)
+
+
+def backwards(function, arguments):
+    """A runner that finishes tasks in the opposite order."""
+    return [function(*each) for each in reversed(arguments)][::-1]
+
+
+def test_bytes_do_not_depend_on_the_runner_or_the_folder(tmp_path, code, monkeypatch):
+    monkeypatch.setattr("data.prepare.LEAST_PART_BYTES", 2000)
+    config = make_config(code)
+    stores = [Storage(str(tmp_path / name)) for name in ("a", "b")]
+    for storage, runner in zip(stores, (serial, backwards), strict=True):
+        manifest = prepare(config, storage, runner, lambda line: None)
+        assert len(manifest.corpus("code").shards) > 2
+    assert files_below(stores[0]) == files_below(stores[1])
+
+
+def test_a_killed_preparation_goes_on_and_ends_with_the_same_bytes(tmp_path, code, monkeypatch):
+    monkeypatch.setattr("data.prepare.LEAST_PART_BYTES", 2000)
+    config, whole, killed = make_config(code), Storage(str(tmp_path / "a")), Storage(str(tmp_path / "b"))
+    prepare(config, whole, serial, lambda line: None)
+    calls = []
+
+    class Killed(Exception):
+        pass
+
+    def dies_after(limit):
+        def run(function, arguments):
+            results = []
+            for each in arguments:
+                if len(calls) >= limit:
+                    raise Killed
+                results.append(function(*each))
+                calls.append(function.__name__)
+            return results
+
+        return run
+
+    for limit in (3, 9, 14):
+        with pytest.raises(Killed):
+            prepare(config, killed, dies_after(limit), lambda line: None)
+    prepare(config, killed, serial, lambda line: None)
+    assert files_below(whole) == files_below(killed)
+
+
+def test_prepared_data_is_found_and_a_missing_shard_is_made_again(tmp_path, code):
+    config, storage = make_config(code), Storage(str(tmp_path / "store"))
+    first = prepare(config, storage, serial, lambda line: None)
+    before = files_below(storage)
+
+    def never(function, arguments):
+        raise AssertionError("nothing was to be done")
+
+    lines = []
+    assert prepare(config, storage, never, lines.append) == first and lines == []
+    storage.remove(f"{first.folder}/{first.corpus('code').shards[0].path}")
+    assert prepare(config, storage, serial, lines.append) == first and lines
+    assert files_below(storage) == before
+
+
+def test_the_digest_follows_what_data_is_and_nothing_else(code):
+    base = data_digest(make_config(code))
+    assert data_digest(make_config(code, cache_bytes=12345, prepare_tasks=7, lanes=5)) == base
+    assert data_digest(make_config(code, source_tokens=52)) != base
+    (code / "module_0.py").write_text("x = 1\n")
+    assert data_digest(make_config(code)) != base
+
+
+def test_a_given_tokenizer_is_used(tmp_path, code):
+    inner = Tokenizer.train(["some other text"], 300)
+    (tmp_path / "t.json").write_bytes(inner.to_bytes())
+    config = make_config(code, tokenizer={"path": str(tmp_path / "t.json")})
+    assert prepare(config, Storage(str(tmp_path / "s")), serial, lambda line: None).tokenizer_digest == inner.digest
+
+
+def test_a_single_file_is_split_by_content_and_equal_records_never_straddle(tmp_path):
+    rows = [{"q": f"what is {i % 50} plus one", "a": f"it is {i % 50 + 1} of course"} for i in range(200)]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    section = {"name": "qa", "kind": "jsonl", "path": str(tmp_path / "a.jsonl"), "source": "{q}", "target": "{a}"}
+    storage = Storage("memory://prepare-test")
+    try:
+        manifest = prepare(make_config(tmp_path, corpora=[section]), storage, serial, lambda line: None)
+        held = [record.target for record in read_records(storage, manifest, "qa", 10**6, 0)]
+        assert 0 < len(held) < 100 and all(held.count(target) == 4 for target in held)
+        assert manifest.corpus("qa").counts["records"] == 200 - len(held)
+    finally:
+        storage.remove()
+
+
+def test_input_without_a_record_and_lacking_fields_are_named(tmp_path):
+    (tmp_path / "a.py").write_text("x = 1\n")
+    storage = Storage(str(tmp_path / "store"))
+    with pytest.raises(DataError, match=r"data\.corpora\[code\]\.path: .* gives no record of kind 'python'"):
+        prepare(make_config(tmp_path / "a.py"), storage, serial, lambda line: None)
+    (tmp_path / "a.jsonl").write_text('{"q": "x", "a": "y"}\n')
+    section = {"name": "qa", "kind": "jsonl", "path": str(tmp_path / "a.jsonl"), "source": "{q}", "target": "{answer}"}
+    with pytest.raises(DataError, match=r"data\.corpora\[qa\]\.target: .*\{answer\}.*record 1.*fields there: a, q"):
+        prepare(make_config(tmp_path, corpora=[section]), storage, serial, lambda line: None)
+
+
+@settings(deadline=None, max_examples=50)
+@given(names=st.sets(st.text(min_size=1, max_size=5), max_size=60), fraction=st.floats(0, 0.99))
+def test_some_file_is_held_out_and_some_is_not(names, fraction):
+    held = held_out_files(sorted(names), fraction)
+    assert held <= names
+    if len(names) > 1 and fraction > 0:
+        assert 0 < len(held) < len(names)
+    for name in names - held:
+        assert share_of(name) >= fraction or len(held) == len(names) - 1 or len(names) == 1
+
+
+def test_a_damaged_manifest_or_held_out_file_is_refused(tmp_path, code):
+    storage = Storage(str(tmp_path / "store"))
+    manifest = prepare(make_config(code), storage, serial, lambda line: None)
+    assert Manifest.from_json(manifest.to_json()) == manifest == Manifest.read(storage, manifest.folder)
+    held = f"{manifest.folder}/{manifest.corpus('code').held_out.path}"
+    content = bytearray(storage.read_bytes(held))
+    content[len(content) // 2] ^= 1
+    storage.write_bytes(held, bytes(content))
+    with pytest.raises(DataError, match=r"held_out/code\.parquet: content does not match its digest"):
+        read_records(storage, manifest, "code", 3, 0)
+    path = f"{manifest.folder}/manifest.json"
+    storage.write_text(path, storage.read_text(path).replace('"pairs": ', '"pairs": 1'))
+    with pytest.raises(DataError, match="does not match its digest"):
+        Manifest.read(storage, manifest.folder)
+    with pytest.raises(DataError, match="prepare stage again"):
+        Manifest.read(storage, "data/none")
