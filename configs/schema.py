@@ -65,10 +65,12 @@ class ClusterSection(Section):
 class CorpusSection(Section):
     """One corpus: where records come from and how a record becomes a (source, target) pair.
 
-    Templates name fields of a record in braces. Fields by kind: `python` gives one record per function with a
-    docstring: `signature`, `docstring`, `summary` (its first line), `body` (without docstring), `name`,
-    `context` (the code of the file before it), `path`, `text` (the docstring as prose); `text` gives `text` and
-    `path`, one record per file or per blank-line separated paragraph group; `jsonl` gives the object's own fields.
+    Templates name fields of a record in braces. Fields by kind: `python` gives one record per function: `signature`,
+    `body` (without docstring; signature and body compile together), `name`, `docstring`, `summary` (its first line),
+    `text` (the docstring as prose), `context` (the code of the file before it), `path`; a record whose target fields
+    are empty is left out. `text` gives `text` and `path`, one record per group of whole paragraphs (about 2,000
+    characters). `jsonl` gives each object's own fields. Folders are searched for .py, for .txt .md .rst, for .jsonl
+    .ndjson, each also with .gz; names that start with a dot are skipped.
     """
 
     name: str = Field(description="name in manifests, metrics and tables")
@@ -76,7 +78,7 @@ class CorpusSection(Section):
     path: str = Field(
         description="file, folder or glob, any fsspec URL; python://stdlib is the running interpreter's library"
     )
-    exclude: tuple[str, ...] = Field((), description="glob patterns of relative paths to leave out")
+    exclude: tuple[str, ...] = Field((), description="glob patterns of files or folders to leave out")
     source: str = Field("", description="template of the encoder's text; empty with `continuation: true`")
     target: str = Field(description="template of the text to predict")
     continuation: bool = Field(

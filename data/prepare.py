@@ -7,40 +7,26 @@ is written last and `work/` removed after it.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import fsspec
-import xxhash
-
 from cluster.storage import Storage
 from configs.errors import DataError, TelarError
-from configs.schema import CorpusSection, RunConfig
+from configs.schema import RunConfig
 from data.encode import TOKENIZER, Encoded, EncodeTask, encode, train_tokenizer
-from data.extract import Chunk, Extracted, ExtractTask, check_known_fields, check_not_empty, extract
+from data.extract import Chunk, Extracted, ExtractTask, check_not_empty, extract
 from data.held_out import held_out_files, read_rows, write_records
-from data.manifest import FORMAT_VERSION, NAME, CorpusInfo, Manifest, ShardInfo, folder_of
+from data.inputs import Group, data_digest, digest_of, group_of, list_inputs, read_given_tokenizer
+from data.manifest import NAME, CorpusInfo, Manifest, ShardInfo, folder_of
 from data.runners import Runner
-from data.sources import SourceFile, list_files
+from data.sources import SourceFile
 from data.tokenizer import Tokenizer
 
-# Fields that decide how data is served, not what it is.
-OPERATIONAL = {"cache_bytes", "prepare_tasks", "lanes", "window_blocks"}
+__all__ = ["data_digest", "prepare", "ray_tasks"]
+
 LEAST_PART_BYTES, MOST_PART_BYTES, PARTS = 4 * 2**20, 64 * 2**20, 64
-
-Group = tuple[str, str, tuple[str, ...]]
-
-
-def data_digest(config: RunConfig) -> str:
-    """What prepared data is stored under: a hash of the data section and of path, size and version of each input.
-
-    Operational fields do not enter. Raises DataError when a corpus or the tokenizer file cannot be found.
-    """
-    return _digest(config, _inputs(config))
 
 
 def prepare(config: RunConfig, storage: Storage, run_tasks: Runner, report: Callable[[str], None]) -> Manifest:
@@ -48,14 +34,18 @@ def prepare(config: RunConfig, storage: Storage, run_tasks: Runner, report: Call
 
     Raises DataError naming the corpus field and the file when an input cannot be used.
     """
-    inputs = _inputs(config)
-    digest = _digest(config, inputs)
+    inputs = list_inputs(config)
+    digest = digest_of(config, inputs)
     folder = folder_of(digest)
     found = _prepared(storage, folder)
     if found is not None:
         return found
     try:
         return _prepare(config, storage, run_tasks, report, inputs, digest)
+    except DataError:
+        # Input that cannot be used stays so until it changes, and then it has another digest: nothing to go on from.
+        storage.remove(folder)
+        raise
     except FileNotFoundError:
         # Another process that prepared the same data finished first and removed work/ under our feet.
         found = _prepared(storage, folder)
@@ -101,40 +91,6 @@ def _call(function: Callable[..., Any], arguments: tuple) -> Any:
     return function(*arguments)
 
 
-def _group(corpus: CorpusSection) -> Group:
-    return corpus.kind, corpus.path, corpus.exclude
-
-
-def _inputs(config: RunConfig) -> dict[Group, list[SourceFile]]:
-    inputs: dict[Group, list[SourceFile]] = {}
-    for corpus in config.data.corpora:
-        check_known_fields(corpus, config.data.source_tokens)
-        if _group(corpus) not in inputs:
-            inputs[_group(corpus)] = list_files(corpus)
-    return inputs
-
-
-def _digest(config: RunConfig, inputs: dict[Group, list[SourceFile]]) -> str:
-    section = config.data.model_dump(mode="json", exclude=OPERATIONAL)
-    for corpus, dumped in zip(config.data.corpora, section["corpora"], strict=True):
-        del dumped["path"]
-        dumped["files"] = [(file.relative, file.bytes, file.version) for file in inputs[_group(corpus)]]
-    if config.data.tokenizer.path is not None:
-        section["tokenizer"] = {"digest": xxhash.xxh3_128_hexdigest(_given_tokenizer(config.data.tokenizer.path))}
-    text = json.dumps([FORMAT_VERSION, section], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
-
-
-def _given_tokenizer(path: str) -> bytes:
-    try:
-        with fsspec.open(path, "rb") as file:
-            content = file.read()
-    except OSError as error:
-        raise DataError(f"data.tokenizer.path: {path} cannot be read ({error}); correct the path") from error
-    Tokenizer.load(content, f"data.tokenizer.path: {path}")
-    return content
-
-
 def _prepared(storage: Storage, folder: str) -> Manifest | None:
     """The manifest, if it is there and so are all files that it lists; their digests are checked by who reads them."""
     if not storage.exists(f"{folder}/{NAME}"):
@@ -173,7 +129,7 @@ def _prepare(
 
     inside = storage.child(folder)
     if config.data.tokenizer.path is not None:
-        inside.write_bytes(TOKENIZER, _given_tokenizer(config.data.tokenizer.path))
+        inside.write_bytes(TOKENIZER, read_given_tokenizer(config.data.tokenizer.path))
     else:
         samples = _tokenizer_samples(config, chunks)
         run_tasks(train_tokenizer, [(storage.url, folder, samples, config.data.tokenizer.vocabulary_size)])
@@ -249,7 +205,7 @@ def _extract_tasks(
                 taken = 0
             parts[-1].append(file)
             taken += file.bytes
-        corpora = tuple(corpus for corpus in config.data.corpora if _group(corpus) == group)
+        corpora = tuple(corpus for corpus in config.data.corpora if group_of(corpus) == group)
         for part in parts:
             tasks.append(
                 ExtractTask(

@@ -1,4 +1,6 @@
-"""Records of Python source: one per function that has a docstring and a body that compiles by itself.
+"""Records of Python source: one per function whose signature and body compile by themselves.
+
+A function without docstring has empty `docstring`, `summary` and `text`, so templates that need those leave it out.
 
 Text is taken from the file as it stands and moved to the left margin by the indentation of the `def` line, so that
 `compile(signature + "\\n" + body)` succeeds for every record. Lines of multi-line strings move with it.
@@ -26,14 +28,14 @@ Function = ast.FunctionDef | ast.AsyncFunctionDef
 def python_records(content: bytes, relative: str, counts: Counter[str], origin: str) -> Iterator[dict[str, str]]:
     """Records of one file in the order of their `def` lines.
 
-    Counts what is left out: `files that do not parse`, `functions without docstring`, `functions without body` (only a
-    docstring, or all on one line), `functions that do not compile alone` (a `nonlocal` of an outer function, say).
+    Counts what is left out: `files that do not parse`, `functions without body` (only a docstring, or all on one
+    line), `functions that do not compile alone` (a `nonlocal` of an outer function, say).
     Raises DataError, with `origin` in front, when the file is not UTF-8 and declares no other encoding.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            text = _decode(content, origin)
+            text = decode_source(content, origin)
             tree = ast.parse(text)
         except (SyntaxError, ValueError, RecursionError, MemoryError):
             counts["files that do not parse"] += 1
@@ -47,7 +49,8 @@ def python_records(content: bytes, relative: str, counts: Counter[str], origin: 
                 yield record
 
 
-def _decode(content: bytes, origin: str) -> str:
+def decode_source(content: bytes, origin: str) -> str:
+    """Text of a Python file in UTF-8 or the encoding it declares, lines ended by a newline; else raises DataError."""
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -68,19 +71,18 @@ def _decode(content: bytes, origin: str) -> str:
 
 
 def _record(function: Function, lines: list[str], relative: str, counts: Counter[str]) -> dict[str, str] | None:
-    docstring = ast.get_docstring(function, clean=False)
-    if docstring is None:
-        counts["functions without docstring"] += 1
-        return None
+    docstring = ast.get_docstring(function, clean=False) or ""
     first = function.body[0]
-    one_line = first.lineno == function.lineno or not _starts_its_line(first, lines)
-    if len(function.body) == 1 or one_line or _first_line(function.body[1]) <= first.end_lineno:
+    one_line = _first_line(first) == function.lineno or not _starts_its_line(first, lines)
+    only_docstring = bool(docstring) and len(function.body) == 1
+    if one_line or only_docstring or (docstring and _first_line(function.body[1]) <= first.end_lineno):
         counts["functions without body"] += 1
         return None
     def_line = lines[function.lineno - 1]
     margin = def_line[: len(def_line) - len(def_line.lstrip())]
-    signature = _moved(lines[function.lineno - 1 : first.lineno - 1], margin).rstrip()
-    body = _moved(lines[first.end_lineno : function.end_lineno], margin).strip("\n").rstrip()
+    signature = _moved(lines[function.lineno - 1 : _first_line(first) - 1], margin).rstrip()
+    body_start = first.end_lineno if docstring else _first_line(first) - 1
+    body = _moved(lines[body_start : function.end_lineno], margin).strip("\n").rstrip()
     if not _compiles(f"{signature}\n{body}"):
         counts["functions that do not compile alone"] += 1
         return None
@@ -90,7 +92,7 @@ def _record(function: Function, lines: list[str], relative: str, counts: Counter
         "name": function.name,
         "signature": signature,
         "docstring": cleaned,
-        "summary": summary if len(summary.split()) >= SUMMARY_WORDS else "",
+        "summary": summary if len(summary.split()) >= SUMMARY_WORDS and not summary.startswith(">>>") else "",
         "body": body,
         "context": _context(lines, function.lineno - 1, margin),
         "text": cleaned,

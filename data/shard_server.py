@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -36,18 +37,27 @@ class ShardServer:
     """The actor's class. `path` answers when the copy is there; `prefetch` returns at once."""
 
     def __init__(self, storage_url: str, data_folder: str, cache_bytes: int) -> None:
-        storage = Storage(storage_url)
-        self._cache_bytes = cache_bytes
-        self._cache = ShardCache(storage, Manifest.read(storage, data_folder), cache_folder(), cache_bytes)
+        self._storage_url, self._data_folder, self._cache_bytes = storage_url, data_folder, cache_bytes
+        self._lock = threading.Lock()
+        self._opened: ShardCache | None = None
         self._pool = ThreadPoolExecutor(PREFETCH_THREADS, thread_name_prefix="prefetch")
 
+    def _cache(self) -> ShardCache:
+        # Not in the constructor: an actor whose constructor raises dies, and the cause cannot be had from the error.
+        with self._lock:
+            if self._opened is None:
+                storage = Storage(self._storage_url)
+                manifest = Manifest.read(storage, self._data_folder)
+                self._opened = ShardCache(storage, manifest, cache_folder(), self._cache_bytes)
+            return self._opened
+
     def ready(self) -> bool:
-        """True, once the actor has started and read the manifest."""
-        return True
+        """True, once the manifest is read; raises DataError when it cannot be."""
+        return self._cache() is not None
 
     def path(self, shard: ShardInfo) -> str:
         """Local path of a verified copy; raises DataError naming the shard."""
-        return self._cache.path(shard)
+        return self._cache().path(shard)
 
     def prefetch(self, shards: Sequence[ShardInfo]) -> None:
         """Fetch shards in the background, in this order, as far as they fill half of the cache.
@@ -59,11 +69,11 @@ class ShardServer:
             room -= shard.bytes
             if room < 0:
                 return
-            self._pool.submit(self._cache.path, shard)
+            self._pool.submit(self._cache().path, shard)
 
     def statistics(self) -> dict[str, int]:
         """Bytes fetched from storage so far."""
-        return {"fetched_bytes": self._cache.fetched_bytes}
+        return {"fetched_bytes": self._cache().fetched_bytes}
 
 
 class ServerOpener:

@@ -12,6 +12,7 @@ import sys
 import sysconfig
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import IO
@@ -23,7 +24,7 @@ from fsspec.implementations.local import LocalFileSystem
 from configs.errors import DataError
 from configs.schema import CorpusSection
 from data.python_source import FIELDS as PYTHON_FIELDS
-from data.python_source import python_records
+from data.python_source import decode_source, python_records
 from data.templates import where
 
 STDLIB = "python://stdlib"
@@ -128,17 +129,34 @@ def _version(filesystem: fsspec.AbstractFileSystem, full: str, entry: dict) -> s
     return f"ukey:{filesystem.ukey(full)}"
 
 
+def has_content(corpus: CorpusSection, file: SourceFile) -> bool:
+    """Whether a file holds more than white space; raises DataError when it is not UTF-8 or no complete gzip file."""
+    return any(line.strip() for line in _contents(corpus, file))
+
+
+def _contents(corpus: CorpusSection, file: SourceFile) -> list[str]:
+    with _opened(corpus, file) as stream:
+        if corpus.kind == "python":
+            return [decode_source(stream.read(), f"{where(corpus, 'path')}: {file.url}")]
+        return list(_lines(corpus, file, stream))
+
+
 def read_records(corpus: CorpusSection, file: SourceFile, counts: Counter[str]) -> Iterator[Record]:
     """Records of one file; what is left out is counted in `counts` by reason. Raises DataError naming the file."""
+    with _opened(corpus, file) as stream:
+        if corpus.kind == "python":
+            yield from python_records(stream.read(), file.relative, counts, f"{where(corpus, 'path')}: {file.url}")
+        elif corpus.kind == "text":
+            yield from _paragraph_groups(corpus, file, stream)
+        else:
+            yield from _objects(corpus, file, stream)
+
+
+@contextmanager
+def _opened(corpus: CorpusSection, file: SourceFile) -> Iterator[IO[bytes]]:
     try:
         with fsspec.open(file.url, "rb") as raw:
-            stream = gzip.GzipFile(fileobj=raw) if file.relative.endswith(".gz") else raw
-            if corpus.kind == "python":
-                yield from python_records(stream.read(), file.relative, counts, f"{where(corpus, 'path')}: {file.url}")
-            elif corpus.kind == "text":
-                yield from _paragraph_groups(corpus, file, stream)
-            else:
-                yield from _objects(corpus, file, stream)
+            yield gzip.GzipFile(fileobj=raw) if file.relative.endswith(".gz") else raw
     except FileNotFoundError as error:
         raise DataError(f"{where(corpus, 'path')}: {file.url} disappeared while it was read") from error
     except (gzip.BadGzipFile, EOFError) as error:

@@ -14,7 +14,9 @@ import tokenizers
 import xxhash
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
+from cluster.storage import Storage
 from configs.errors import DataError
+from data.manifest import Manifest
 
 SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>")
 PIECES = r"[\r\n]+[ \t]*|[ \t]{2,}| ?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+|\s"
@@ -88,3 +90,15 @@ class Tokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids, special tokens left out; bytes that are no UTF-8 become U+FFFD."""
         return self._inner.decode([int(token) for token in ids], skip_special_tokens=True)
+
+
+def read_tokenizer(storage: Storage, manifest: Manifest) -> Tokenizer:
+    """The tokenizer of prepared data; raises DataError when it is missing or not the one of the manifest."""
+    path = f"{storage.url}/{manifest.tokenizer_path}"
+    try:
+        tokenizer = Tokenizer.load(storage.read_bytes(manifest.tokenizer_path), path)
+    except FileNotFoundError as error:
+        raise DataError(f"{path} does not exist; run the prepare stage again") from error
+    if tokenizer.digest != manifest.tokenizer_digest:
+        raise DataError(f"{path} is not the tokenizer of its manifest; remove the folder and prepare the data again")
+    return tokenizer

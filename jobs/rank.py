@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import logging
-import platform
 import resource
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from importlib import metadata
 from typing import Any
 
 from cluster import commit
@@ -20,6 +18,7 @@ from data.batches import Batch
 from data.loader import Loader
 from data.manifest import Manifest, ShardInfo
 from jobs.loop import Course, LoopEnd, StepRecord, train
+from jobs.machine import hardware, versions
 from model.batch import ModelBatch
 from model.checkpoint import CheckpointReader, snapshot, write_snapshot
 from model.engine import Engine, create_engine
@@ -106,6 +105,7 @@ class RankReporter:
             "parallelism": task.config.parallelism.model_dump(mode="json"),
             "parameters": self._engine.parameter_count,
             "versions": versions(),
+            "hardware": hardware(),
         }
         self._messages.rank_file(step, task.attempt, file, task.world_size, extra)
 
@@ -200,17 +200,6 @@ def to_model(batch: Batch) -> ModelBatch:
 def peak_memory_bytes() -> int:
     """Highest resident size of this process so far."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def versions() -> dict[str, str]:
-    """Versions that a number may depend on; a package that is not installed here is left out."""
-    found = {"python": platform.python_version()}
-    for name in ("torch", "deepspeed", "ray", "pyarrow"):
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 class _LogLines(logging.Handler):

@@ -77,6 +77,7 @@ table.plain tr + tr td { border-top: 1px solid var(--line); }
 pre, code { font: 12.5px/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace; }
 pre { background: var(--code); border-radius: 6px; padding: 10px 12px; margin: 0; overflow: auto; max-height: 260px;
   white-space: pre-wrap; overflow-wrap: anywhere; tab-size: 4; }
+pre.end { display: flex; flex-direction: column-reverse; }
 .sample { margin-bottom: 14px; } .sample > p { margin: 0 0 10px; font-size: 13.5px; }
 .sample .parts { display: grid; grid-template-columns: 1.25fr 1fr 1fr; gap: 14px; }
 .sample .parts > div { min-width: 0; } .sample h4 { margin: 0 0 5px; font-size: 12.5px; font-weight: 500;

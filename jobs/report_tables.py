@@ -64,9 +64,12 @@ def sample_cards(samples: Sequence[dict[str, str]]) -> str:
     """Source, reference and output side by side, monospaced."""
     cards = []
     for number, sample in enumerate(samples, 1):
+        # What a long source ends with is what the output goes on from, except in a summary.
+        source_shown = "" if sample["task"] == "summary" else "end"
         parts = "".join(
-            f'<div class="{name}"><h4>{name}</h4><pre>{escape(sample[name]) or "&nbsp;"}</pre></div>'
-            for name in ("source", "reference", "output")
+            f'<div class="{name}"><h4>{name}</h4><pre class="{shown}"><code>{escape(sample[name]) or "&nbsp;"}'
+            "</code></pre></div>"
+            for name, shown in (("source", source_shown), ("reference", ""), ("output", ""))
         )
         cards.append(
             f'<article class="card sample"><p><b>{number}</b> &ensp;{escape(sample["corpus"])} '

@@ -111,20 +111,28 @@ def overall_result(
 
 
 def samples(cells: Sequence[Cell], count: int) -> list[dict[str, str]]:
-    """Source, reference and output of `count` records that the model wrote for, taken from the cells in turn."""
+    """Source, reference and output of `count` records that the model wrote for.
+
+    Cells take turns; each starts elsewhere in its rows and goes on in equal strides, so that the samples do not all
+    come from one file.
+    """
     queues = []
-    for cell in cells:
+    for number, cell in enumerate(cells):
         written = [(e, r) for e, r in cell.answered() if cell.task.output(r) is not None] if cell.rows else []
         if written:
-            queues.append((cell, iter(written)))
+            stride = max(1, len(written) // max(count, 1))
+            start = number * stride // len(cells)
+            order = sorted(range(len(written)), key=lambda i: ((i - start) % stride, i))
+            queues.append((cell, iter([written[i] for i in order])))
     chosen: list[dict[str, str]] = []
     while queues and len(chosen) < count:
-        for cell, queue in list(queues):
-            entry = next(queue, None)
-            if entry is None:
-                queues.remove((cell, queue))
+        for entry in list(queues):
+            cell, queue = entry
+            found = next(queue, None)
+            if found is None:
+                queues.remove(entry)
             elif len(chosen) < count:
-                example, row = entry
+                example, row = found
                 chosen.append(
                     {
                         "corpus": cell.corpus,

@@ -13,6 +13,7 @@ import queue
 import signal
 import socket
 import sys
+import threading
 import time
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -54,12 +55,22 @@ def rank_process(task: RankTask, environment: dict[str, str], outbox: Any) -> No
     torch.set_num_threads(task.config.train.threads_per_rank)
     from data.shard_server import plain_opener
 
+    threading.Thread(target=_die_with_parent, name="parent-watch", daemon=True).start()
+
     def announce(reporter: RankReporter) -> None:
         signal.signal(signal.SIGTERM, lambda *_: reporter.request_stop())
 
     storage = Storage(task.storage_url)
     manifest = Manifest.read(storage, task.data_folder)
     run_rank(task, QueueMessages(outbox), plain_opener(storage, manifest), announce)
+
+
+def _die_with_parent() -> None:
+    """A rank whose parent was killed has nobody to commit its checkpoints: it ends at once."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os._exit(1)
 
 
 def train_locally(config: RunConfig, storage: Storage, run: str) -> int:
@@ -96,6 +107,7 @@ def train_locally(config: RunConfig, storage: Storage, run: str) -> int:
     ledger.update(state="training", stage="train", attempt=attempt, world_size=world_size)
     for process in processes:
         process.start()
+    signal.signal(signal.SIGTERM, lambda *_: [process.terminate() for process in processes])
     printed = 0
     try:
         while any(process.is_alive() for process in processes):

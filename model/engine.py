@@ -150,6 +150,7 @@ def create_engine(config: RunConfig, vocabulary_size: int, pad_id: int) -> Engin
             verbose=False,
             timeout=PROCESS_GROUP_TIMEOUT,
         )
+        _number_from_zero()
         module = build_model(config.model, vocabulary_size, config.run.seed, config.train.label_smoothing).to(device)
         optimizer = build_optimizer(module, config.optimizer)
         engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=deepspeed_config(config))
@@ -168,6 +169,20 @@ def _import_deepspeed() -> ModuleType:
     # DeepSpeed 0.19.8 calls collectives by names that torch 2.13 deprecates, in each step.
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.", category=FutureWarning)
     return deepspeed
+
+
+def _number_from_zero() -> None:
+    """Make ZeRO-3 number modules and parameters as in a fresh process.
+
+    It counts on through a process's life and then compares the numbers between ranks, so that a process which had an
+    engine before could not train together with one that had none.
+    """
+    from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
+    from deepspeed.runtime.zero.partition_parameters import Init
+
+    Init.param_id = 0
+    (count,) = DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__
+    count[0] = 0
 
 
 @contextlib.contextmanager

@@ -19,10 +19,16 @@ from data.packing import cut_pairs, fit_source, pack
 from data.prepare import data_digest, prepare
 from data.runners import serial
 from data.shards import ShardReader, file_digest
-from data.tokenizer import Tokenizer
+from data.tokenizer import Tokenizer, read_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 VERBS = ("load", "save", "merge", "split", "count", "parse")
+
+
+def body_of(verb, number):
+    checks = "    check(result)\n" * number if verb == "save" else ""
+    loop = f"    for item in items[:limit]:\n        result.append({verb}(item, {number}))\n"
+    return f"    result = []\n{loop}{checks}    return result"
 
 
 def write_code(folder, files=12):
@@ -30,11 +36,8 @@ def write_code(folder, files=12):
     for number in range(files):
         functions = [
             f'def {verb}_{number}(items, limit={number}):\n    """{verb.title()} the first {number} items given.\n\n'
-            f'    The order of items is kept, {verb} by {verb}.\n    """\n    result = []\n'
-            f"    for item in items[:limit]:\n        result.append({verb}(item, {number}))\n"
-            + extra
-            + "    return result\n"
-            for verb, extra in zip(VERBS, ("", "    check(result)\n" * number, "", "", "", ""), strict=True)
+            f'    The order of items is kept, {verb} by {verb}.\n    """\n{body_of(verb, number)}\n'
+            for verb in VERBS
         ]
         (folder / f"module_{number}.py").write_text("\n\n".join(functions))
 
@@ -187,8 +190,8 @@ def test_a_long_source_keeps_head_and_tail():
 
 
 def test_prepared_shards_hold_every_training_text(tmp_path, code):
-    config, storage = make_config(code), Storage(str(tmp_path / "store"))
-    lines = []
+    config = make_config(code, source_tokens=600, target_tokens=600)
+    storage, lines = Storage(str(tmp_path / "store")), []
     manifest = prepare(config, storage, serial, lines.append)
     assert lines and manifest.folder == f"data/{data_digest(config)}"
     tokenizer = Tokenizer.load(storage.read_bytes(manifest.tokenizer_path))
@@ -196,23 +199,25 @@ def test_prepared_shards_hold_every_training_text(tmp_path, code):
     held = {record.fields["path"] for record in read_records(storage, manifest, "code", 10**6, 0)}
     train = {file.name for file in code.iterdir()} - held
     assert held and train
-    expected = sum((code / name).read_text().count("def ") for name in train)
+    numbers = [int(name.removesuffix(".py").split("_")[1]) for name in train]
     pairs = list(decoded_pairs(storage, manifest, "code"))
-    assert manifest.corpus("code").counts["records"] == expected == sum(ended for _, _, ended in pairs)
-    assert manifest.corpus("code").pairs == len(pairs)
-    text = "".join(target for _, target, _ in pairs)
-    for name in train:
-        number = name.removesuffix(".py").split("_")[1]
-        assert f"result.append(parse(item, {number}))" in text
-    for name in held:
-        assert f"result.append(parse(item, {name.removesuffix('.py').split('_')[1]}))" not in text
+    assert all(ended for _, _, ended in pairs)
+    assert sorted(target for _, target, _ in pairs) == sorted(body_of(v, n) for v in VERBS for n in numbers)
+    for source, target, _ in pairs:
+        verb, number = target.split("append(")[1].split("(")[0], target.split("item, ")[1].split(")")[0]
+        assert source.endswith(f"def {verb}_{number}(items, limit={number}):")
+    assert manifest.corpus("code").counts["records"] == manifest.corpus("code").pairs == len(pairs)
+    prose = [source + target for source, target, _ in decoded_pairs(storage, manifest, "prose")]
+    assert sorted(prose) == sorted(
+        f"{v.title()} the first {n} items given.\n\nThe order of items is kept, {v} by {v}."
+        for v in VERBS
+        for n in numbers
+    )
     for file in manifest.files():
         path = storage.local_path(f"{manifest.folder}/{file.path}")
         assert file_digest(path) == file.digest and Path(path).stat().st_size == file.bytes
     assert not storage.exists(f"{manifest.folder}/work")
-    assert {held_path for held_path in storage.names(manifest.folder)} == {
-        *("held_out", "manifest.json", "shards", "tokenizer.json")
-    }
+    assert set(storage.names(manifest.folder)) == {*("held_out", "manifest.json", "shards", "tokenizer.json")}
 
 
 def test_both_corpora_hold_out_the_same_files_and_records_keep_their_fields(tmp_path, code):
@@ -224,7 +229,7 @@ def test_both_corpora_hold_out_the_same_files_and_records_keep_their_fields(tmp_
         assert record.target == record.fields["body"] and record.source.endswith(record.fields["signature"])
         compile(record.fields["signature"] + "\n" + record.fields["body"], "x", "exec")
     few = read_records(storage, manifest, "code", 4, 0)
-    assert len(few) == 4 and set(few) is not None if False else all(record in one for record in few)
+    assert len(few) == 4 and all(record in one for record in few)
     assert few == read_records(storage, manifest, "code", 4, 0) != read_records(storage, manifest, "code", 4, 1)
     assert [record.index for record in few] == sorted(record.index for record in few)
 
@@ -348,6 +353,12 @@ def test_a_damaged_manifest_or_held_out_file_is_refused(tmp_path, code):
     storage.write_bytes(held, bytes(content))
     with pytest.raises(DataError, match=r"held_out/code\.parquet: content does not match its digest"):
         read_records(storage, manifest, "code", 3, 0)
+    assert read_tokenizer(storage, manifest).encode("return") == Tokenizer.load(
+        storage.read_bytes(manifest.tokenizer_path)
+    ).encode("return")
+    storage.write_bytes(manifest.tokenizer_path, Tokenizer.train(["something else"], 300).to_bytes())
+    with pytest.raises(DataError, match="is not the tokenizer of its manifest"):
+        read_tokenizer(storage, manifest)
     path = f"{manifest.folder}/manifest.json"
     storage.write_text(path, storage.read_text(path).replace('"pairs": ', '"pairs": 1'))
     with pytest.raises(DataError, match="does not match its digest"):

@@ -19,7 +19,8 @@ RATE = 3e-3
 def make_config(dropout=0.0, zero_stage=1, precision="fp32", clipping=0.5, weight_decay=0.01, **run) -> RunConfig:
     return parse_config(
         {
-            "run": {"seed": 11, **run},
+            # A seed for which no ReLU stands so close to 0 that rounding decides: float64 agrees to 1e-6 in each step.
+            "run": {"seed": 12, **run},
             "cluster": {"device": "cpu"},
             "data": {"corpora": [{"name": "none", "kind": "text", "path": "/nowhere", "target": "{text}"}]},
             "model": {
@@ -176,6 +177,12 @@ def test_bf16_follows_fp32(gloo_pool, zero_stage):  # noqa: F811
     for result, (loss, norm, _) in zip(results, history, strict=True):
         assert result.loss == pytest.approx(loss, abs=2e-2)
         assert result.grad_norm == pytest.approx(norm, rel=5e-2)
+
+
+def test_a_process_that_had_an_engine_trains_with_a_fresh_one(gloo_pool):  # noqa: F811
+    config = make_config(zero_stage=3)
+    gloo_pool.run(1, train_with_engine, config, 1)
+    assert len(gloo_pool.run(2, train_with_engine, config, 2)) == 2
 
 
 def test_a_stop_of_one_rank_is_heard_by_all(gloo_pool):  # noqa: F811

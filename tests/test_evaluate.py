@@ -1,26 +1,42 @@
 """The evaluate stage with a made-up model: slices, resume, errors, retry, results that are complete or absent."""
 
 import json
+import math
 import os
+import re
 import signal
+import tempfile
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from cluster import commit
 from cluster.storage import Storage
 from configs.errors import RunStopped, StorageError, TelarError
 from configs.load import parse_config
-from data.held_out import HeldOut
+from data.held_out import HeldOut, read_records
+from data.loader import Loader
+from data.packing import cut_pairs
+from data.prepare import prepare
+from data.runners import serial
+from data.shard_server import plain_opener
+from data.tokenizer import Tokenizer
 from jobs import evaluate as stage
+from jobs.answers import EvaluatorTask, load_evaluator
 from jobs.evaluator import Evaluator
 from jobs.fan_out import RayRunner, SerialRunner
 from jobs.ngrams import count
 from jobs.results import samples
 from jobs.slices import cut, read_rows, write_rows
 from jobs.tasks.base import Example, Generate, LogLikelihood, Row, TrainingFacts
+from jobs.training_facts import training_facts
+from model.checkpoint import write_snapshot
+from model.fragments import WEIGHT, Fragment
+from model.transformer import build_model
 
 STEP = 20
 RUN = "demo"
@@ -297,6 +313,114 @@ def test_samples_take_turns():
     cells = [fake("a", ["1", "2", "3", "4"]), fake("b", ["error", "5"]), fake("c", [None])]
     chosen = [(sample["corpus"], sample["output"]) for sample in samples(cells, 4)]
     assert chosen == [("a", "1"), ("b", "5"), ("a", "2"), ("a", "3")]
+    spread = [sample["output"] for sample in samples([fake("a", [str(i) for i in range(100)])], 4)]
+    assert spread == ["0", "25", "50", "75"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Real data, tokenizer and model with random weights, committed as the checkpoint of step 6."""
+    folder = tmp_path_factory.mktemp("trained")
+    for number in range(12):
+        functions = [
+            f'def read_{number}_{i}(path):\n    """Return line {i} of file {number} as text."""\n'
+            f"    lines = open(path).readlines()\n    print(path, {number})\n    return lines[{i}]\n"
+            for i in range(6)
+        ]
+        (folder / f"module_{number}.py").write_text("\n\n".join(functions))
+    kinds = {
+        "summary": ("summarize: {signature}\n{body}", "{summary}"),
+        "completion": ("complete: {context}{signature}", "{body}"),
+    }
+    corpora = [
+        {"name": name, "kind": "python", "path": str(folder), "source": source, "target": target, "task": name}
+        for name, (source, target) in kinds.items()
+    ]
+    tree = {
+        "run": {"storage": str(folder / "runs"), "seed": 3},
+        "data": {
+            "corpora": corpora,
+            "tokenizer": {"vocabulary_size": 320},
+            "source_tokens": 48,
+            "target_tokens": 20,
+            "held_out_fraction": 0.4,
+        },
+        "model": {"d_model": 16, "heads": 2, "d_ff": 32, "encoder_layers": 1, "decoder_layers": 2},
+        "train": {"steps": 6, "global_batch_sequences": 4, "micro_batch_sequences": 2},
+        "evaluate": {"slice_records": 5, "bootstrap_rounds": 100, "max_new_tokens": 6, "samples": 2},
+    }
+    config = parse_config(tree, "test")
+    storage = Storage(config.run.storage)
+    manifest = prepare(config, storage, serial, lambda line: None)
+    model = build_model(config.model, manifest.vocabulary_size, seed=9).eval()
+    checkpoints = storage.child(RUN, "checkpoints")
+    pieces = [
+        Fragment(name, WEIGHT, tuple(parameter.shape), 0, parameter.detach().flatten())
+        for name, parameter in model.named_parameters()
+    ]
+    commit.commit(checkpoints, 6, 1, [write_snapshot(checkpoints, 6, 1, 0, pieces)], 1, {})
+    return SimpleNamespace(config=config, storage=storage, manifest=manifest, model=model)
+
+
+def literal_nll(trained, source, target):
+    """Nats of each label, one padding-free row at a time, straight from the logits."""
+    manifest, data = trained.manifest, trained.config.data
+    tokenizer = Tokenizer.load(trained.storage.read_bytes(manifest.tokenizer_path))
+    source_ids, target_ids = (np.array(tokenizer.encode(text), dtype=np.int32) for text in (source, target))
+    nats = []
+    for ids, labels in cut_pairs(source_ids, target_ids, tokenizer.eos_id, data.source_tokens, data.target_tokens):
+        inputs = []
+        for tokens in (ids, np.concatenate([[tokenizer.bos_id], labels[:-1]])):
+            row = torch.tensor(tokens[None], dtype=torch.int64)
+            inputs += [row, torch.arange(row.shape[1])[None], torch.ones_like(row)]
+        with torch.no_grad():
+            probabilities = trained.model.logits(tuple(inputs))[0].double().softmax(-1)
+        nats += [-math.log(probabilities[i, label]) for i, label in enumerate(labels)]
+    return nats
+
+
+def test_a_checkpoint_is_evaluated_end_to_end(trained):
+    config, storage, manifest = trained.config, trained.storage, trained.manifest
+    task = EvaluatorTask(config, storage.url, RUN, manifest.folder, 6)
+    runner = SerialRunner(partial(load_evaluator, task))
+    results = stage.evaluate(config, storage, RUN, manifest, 6, print, lambda: False, runner=runner)
+    records = read_records(storage, manifest, "completion", 256, config.run.seed)
+    nats = [literal_nll(trained, record.source, record.target) for record in records]
+    assert max(map(len, nats)) > config.data.target_tokens, "some targets are cut in pieces"
+    found = metric(results, "completion", "likelihood", "nll")
+    assert found["tokens"] == sum(map(len, nats)) and found["n"] == len(records) > 4
+    assert found["value"] == pytest.approx(sum(map(sum, nats)) / sum(map(len, nats)), rel=1e-5)
+    size = sum(len(record.target.encode()) for record in records)
+    bits = metric(results, "completion", "likelihood", "bits_per_byte")
+    assert bits["value"] == pytest.approx(sum(map(sum, nats)) / math.log(2) / size, rel=1e-5)
+    share = metric(results, "completion", "completion", "compiles")
+    assert {base["name"]: base["value"] for base in share["baselines"]} == {"always pass": 1.0, "reference": 1.0}
+    loader = Loader(manifest, config, plain_opener(storage, manifest), 0, 1, 0)
+    try:
+        trained_on = sum(float(batch.loss_weight.sum()) for _ in range(6) for batch in loader.next_step())
+    finally:
+        loader.close()
+    assert results["training_tokens_counted"] == trained_on, "n-grams count the very tokens that were trained on"
+    assert {sample["corpus"] for sample in results["samples"]} == {"summary", "completion"}
+
+
+def test_facts_hold_the_targets_of_summaries(trained):
+    facts = training_facts(trained.config, trained.storage, trained.manifest, 6)
+    assert set(facts.targets) == {"summary"}
+    assert len(facts.targets["summary"]) > 4
+    assert all(re.fullmatch(r"Return line \d of file \d+ as text\.", text) for text in facts.targets["summary"])
+
+
+def test_a_damaged_checkpoint_is_refused(trained, tmp_path):
+    storage = Storage(str(tmp_path))
+    for path in Path(trained.storage.local_path()).rglob("*"):
+        if path.is_file():
+            relative = path.relative_to(trained.storage.local_path()).as_posix()
+            content = path.read_bytes()
+            storage.write_bytes(relative, content[:-1] + b"x" if path.suffix == ".safetensors" else content)
+    task = EvaluatorTask(trained.config, storage.url, RUN, trained.manifest.folder, 6)
+    with pytest.raises(commit.CheckpointError, match=r"rank-00000\.safetensors"):
+        load_evaluator(task)
 
 
 class Deadly(Evaluator):
@@ -334,17 +458,19 @@ def test_an_evaluator_that_dies_is_replaced_and_its_slice_done_again(ray_cluster
 
 
 @pytest.fixture
-def ray_cluster(tmp_path):
+def ray_cluster():
     import ray
 
-    ray.init(
-        address="local",
-        num_cpus=2,
-        include_dashboard=False,
-        object_store_memory=80 * 2**20,
-        namespace="telar",
-        log_to_driver=False,
-        _temp_dir=f"/tmp/telar-test-{os.getpid()}",
-    )
-    yield
-    ray.shutdown()
+    # A short path: Ray's sockets lie below it.
+    with tempfile.TemporaryDirectory(prefix="telar-test-", dir="/tmp") as folder:
+        ray.init(
+            address="local",
+            num_cpus=2,
+            include_dashboard=False,
+            object_store_memory=80 * 2**20,
+            namespace="telar",
+            log_to_driver=False,
+            _temp_dir=folder,
+        )
+        yield
+        ray.shutdown()

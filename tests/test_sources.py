@@ -71,7 +71,7 @@ def test_python_records_of_a_module_written_by_hand(tmp_path):
     (tmp_path / "broken.py").write_text("def f(:\n")
     (tmp_path / "notes.txt").write_text("no code")
     found, counts = records(corpus(tmp_path, "python"))
-    outer, method = found
+    outer, method, plain = found
     assert outer["name"] == "outer" and outer["signature"] == "def outer(a, b=1) -> int:"
     assert outer["summary"] == "Add two numbers together." and outer["docstring"].endswith("\n\nMore text.")
     assert outer["text"] == outer["docstring"] and outer["path"] == "m.py"
@@ -85,8 +85,9 @@ def test_python_records_of_a_module_written_by_hand(tmp_path):
         "files that do not parse": 1,
         "functions that do not compile alone": 1,
         "functions without body": 2,
-        "functions without docstring": 1,
     }
+    assert (plain["signature"], plain["body"]) == ("def plain(self):", "    return 2")
+    assert plain["docstring"] == plain["summary"] == plain["text"] == ""
 
 
 def test_every_record_of_the_standard_library_compiles_and_keeps_the_meaning():

@@ -34,6 +34,8 @@ from jobs.commands.runs import STOP_REQUEST, RunPlace, locate, state_of, storage
 if TYPE_CHECKING:
     from jobs.submit import Jobs
 
+# Inputs up to this size are read through once before a job on this machine is submitted; larger ones by the job.
+CHECKED_INPUT_BYTES = 64 * 2**20
 CHANGEABLE = ("cluster", "parallelism", "elastic", "evaluate", "tracking", "checkpoint", "train.steps")
 
 
@@ -152,7 +154,12 @@ def _fresh(request: Request) -> tuple[RunPlace, RunConfig]:
     if tokenizer.get("path"):
         tokenizer["path"] = absolute_url(tokenizer["path"], base=folder)
         _check_path(tokenizer["path"], "data.tokenizer.path", embedded)
-    return RunPlace(storage, name), parse_config(tree, request.config)
+    config = parse_config(tree, request.config)
+    if embedded:
+        from data.inputs import check_readable
+
+        check_readable(config, CHECKED_INPUT_BYTES)
+    return RunPlace(storage, name), config
 
 
 def _check_path(path: str, where: str, embedded: bool) -> None:

@@ -26,11 +26,12 @@ class Likelihood:
 
     def examples(self, records: Sequence[HeldOut], corpus_task: str, config: RunConfig) -> list[Example]:
         """One likelihood per record; a corpus that no other task generates for also gets a few outputs to show."""
-        shown = config.evaluate.samples if corpus_task == "likelihood" else 0
+        count = min(config.evaluate.samples, len(records)) if corpus_task == "likelihood" else 0
+        shown = {number * len(records) // count for number in range(count)}
         return [
             Example(
                 record,
-                (LogLikelihood(record.source, record.target), *([Generate(record.source)] if i < shown else [])),
+                (LogLikelihood(record.source, record.target), *([Generate(record.source)] if i in shown else [])),
             )
             for i, record in enumerate(records)
         ]

@@ -1,0 +1,90 @@
+"""What preparation starts from: the input files of a configuration, and the digest that names what comes of them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+import fsspec
+import xxhash
+
+from configs.errors import DataError
+from configs.schema import CorpusSection, RunConfig
+from data.extract import check_known_fields
+from data.manifest import FORMAT_VERSION
+from data.sources import SourceFile, has_content, list_files
+from data.templates import where
+from data.tokenizer import Tokenizer
+
+# Fields that decide how data is served, not what it is.
+OPERATIONAL = {"cache_bytes", "prepare_tasks", "lanes", "window_blocks"}
+
+Group = tuple[str, str, tuple[str, ...]]
+
+
+def data_digest(config: RunConfig) -> str:
+    """What prepared data is stored under: a hash of the data section and of path, size and version of each input.
+
+    Operational fields do not enter. Raises DataError when a corpus or the tokenizer file cannot be found.
+    """
+    return digest_of(config, list_inputs(config))
+
+
+def group_of(corpus: CorpusSection) -> Group:
+    """What decides which files are read and how; corpora of one group share their records."""
+    return corpus.kind, corpus.path, corpus.exclude
+
+
+def list_inputs(config: RunConfig) -> dict[Group, list[SourceFile]]:
+    """Files of each group, after a check of all templates; raises DataError naming the corpus field."""
+    inputs: dict[Group, list[SourceFile]] = {}
+    for corpus in config.data.corpora:
+        check_known_fields(corpus, config.data.source_tokens)
+        if group_of(corpus) not in inputs:
+            inputs[group_of(corpus)] = list_files(corpus)
+    return inputs
+
+
+def digest_of(config: RunConfig, inputs: dict[Group, list[SourceFile]]) -> str:
+    """The digest of `config`'s data whose files are `inputs`; see `data_digest`."""
+    section = config.data.model_dump(mode="json", exclude=OPERATIONAL)
+    for corpus, dumped in zip(config.data.corpora, section["corpora"], strict=True):
+        del dumped["path"]
+        dumped["files"] = [(file.relative, file.bytes, file.version) for file in inputs[group_of(corpus)]]
+    if config.data.tokenizer.path is not None:
+        section["tokenizer"] = {"digest": xxhash.xxh3_128_hexdigest(read_given_tokenizer(config.data.tokenizer.path))}
+    text = json.dumps([FORMAT_VERSION, section], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def read_given_tokenizer(path: str) -> bytes:
+    """Content of `data.tokenizer.path`; raises DataError when it is absent or no usable tokenizer."""
+    try:
+        with fsspec.open(path, "rb") as file:
+            content = file.read()
+    except OSError as error:
+        raise DataError(f"data.tokenizer.path: {path} cannot be read ({error}); correct the path") from error
+    Tokenizer.load(content, f"data.tokenizer.path: {path}")
+    return content
+
+
+def check_readable(config: RunConfig, most_bytes: int) -> None:
+    """Read up to `most_bytes` of the inputs and check encodings and emptiness, before a job is started for them.
+
+    Raises DataError naming the corpus field and the file: path absent, no file matches, not UTF-8, only white space.
+    """
+    left = most_bytes
+    for (kind, path, _), files in list_inputs(config).items():
+        corpus = next(corpus for corpus in config.data.corpora if (corpus.kind, corpus.path) == (kind, path))
+        blank = True
+        for file in files:
+            if left < file.bytes:
+                blank = False
+                break
+            left -= file.bytes
+            blank &= not has_content(corpus, file)
+        if blank:
+            raise DataError(
+                f"{where(corpus, 'path')}: {path} holds no text ({len(files)} files, all empty); put content there or "
+                "change the path"
+            )
