@@ -66,9 +66,10 @@ class CorpusSection(Section):
     """One corpus: where records come from and how a record becomes a (source, target) pair.
 
     Templates name fields of a record in braces. Fields by kind: `python` gives one record per function: `signature`,
-    `body` (without docstring; signature and body compile together), `name`, `docstring`, `summary` (its first line),
-    `text` (the docstring as prose), `context` (the code of the file before it), `path`; a record whose target fields
-    are empty is left out. `text` gives `text` and `path`, one record per group of whole paragraphs (about 2,000
+    `body` (without docstring; signature and body compile together), `name`, `words` (those of the name), `docstring`,
+    `summary` (its first line), `text` (the docstring as prose), `context` (the code of the file before it), `path`; a
+    record whose target fields are empty is left out. `text` gives `text` and `path`, one record per group of whole
+    paragraphs (about 2,000
     characters). `jsonl` gives each object's own fields. Folders are searched for .py, for .txt .md .rst, for .jsonl
     .ndjson, each also with .gz; names that start with a dot are skipped.
     """

@@ -11,6 +11,7 @@ from __future__ import annotations
 import ast
 import inspect
 import io
+import re
 import tokenize
 import warnings
 from collections import Counter
@@ -18,9 +19,10 @@ from collections.abc import Iterator
 
 from configs.errors import DataError
 
-FIELDS = ("name", "signature", "docstring", "summary", "body", "context", "text", "path")
+FIELDS = ("name", "words", "signature", "docstring", "summary", "body", "context", "text", "path")
 CONTEXT_CHARACTERS = 600
 SUMMARY_WORDS = 3
+WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[0-9]+|[^\W\d_]+")
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -90,6 +92,7 @@ def _record(function: Function, lines: list[str], relative: str, counts: Counter
     summary = cleaned.split("\n", 1)[0].strip()
     return {
         "name": function.name,
+        "words": name_words(function.name),
         "signature": signature,
         "docstring": cleaned,
         "summary": summary if len(summary.split()) >= SUMMARY_WORDS and not summary.startswith(">>>") else "",
@@ -98,6 +101,11 @@ def _record(function: Function, lines: list[str], relative: str, counts: Counter
         "text": cleaned,
         "path": relative,
     }
+
+
+def name_words(name: str) -> str:
+    """The words of an identifier in lower case, blanks between: `HTTPServer_setUp2` -> `http server set up 2`."""
+    return " ".join(WORD.findall(name)).lower()
 
 
 def _first_line(statement: ast.stmt) -> int:

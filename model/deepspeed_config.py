@@ -23,6 +23,10 @@ def deepspeed_config(config: RunConfig) -> dict[str, Any]:
             "overlap_comm": False,
             "reduce_bucket_size": 50_000_000,
             "allgather_bucket_size": 50_000_000,
+            # Its true would put another function in the place of torch.nn.functional.linear for the process's life
+            # (ZeRO-3). Gradients then come in another order than in a fresh process, and ZeRO-2 between such
+            # processes adds up gradients of different parameters without noticing.
+            "memory_efficient_linear": False,
         },
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 2**31,

@@ -9,7 +9,7 @@ from model.batch import ModelBatch
 from model.deepspeed_config import deepspeed_config
 from model.engine import TrainingError, create_engine
 from model.transformer import build_model
-from tests.gloo_pool import gloo_pool  # noqa: F401
+from tests.gloo_pool import GlooPool, gloo_pool  # noqa: F401
 
 VOCABULARY = 61
 STEPS = 6
@@ -179,10 +179,16 @@ def test_bf16_follows_fp32(gloo_pool, zero_stage):  # noqa: F811
         assert result.grad_norm == pytest.approx(norm, rel=5e-2)
 
 
-def test_a_process_that_had_an_engine_trains_with_a_fresh_one(gloo_pool):  # noqa: F811
-    config = make_config(zero_stage=3)
-    gloo_pool.run(1, train_with_engine, config, 1)
-    assert len(gloo_pool.run(2, train_with_engine, config, 2)) == 2
+def test_a_process_that_had_an_engine_trains_with_a_fresh_one():
+    pool = GlooPool(2)
+    try:
+        pool.run(1, train_with_engine, make_config(zero_stage=3), 2)
+        for zero_stage in (2, 3):
+            config = make_config(zero_stage=zero_stage)
+            results, parameters, _ = pool.run(2, train_with_engine, config, 4)[0]
+            assert_equal_training(config, results, parameters, 4)
+    finally:
+        pool.close()
 
 
 def test_a_stop_of_one_rank_is_heard_by_all(gloo_pool):  # noqa: F811
@@ -236,6 +242,7 @@ def test_the_deepspeed_dictionary():
             "overlap_comm": False,
             "reduce_bucket_size": 50_000_000,
             "allgather_bucket_size": 50_000_000,
+            "memory_efficient_linear": False,
         },
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 2**31,

@@ -10,7 +10,7 @@ from tests.test_model_transformer import plain_inputs, randomised
 BOS, EOS = 1, 2
 
 
-def greedy_without_cache(model, source, limit):
+def greedy_without_cache(model, source, limit, end):
     output = [BOS]
     while len(output) <= limit:
         rows = [torch.tensor([source]), torch.tensor([output])]
@@ -20,7 +20,7 @@ def greedy_without_cache(model, source, limit):
             for part in (row, torch.arange(row.shape[1])[None], torch.ones_like(row, dtype=torch.int32))
         )
         output.append(int(model.logits(inputs)[0, -1].argmax()))
-        if output[-1] == EOS:
+        if output[-1] == end:
             break
     return output[1:]
 
@@ -32,18 +32,33 @@ def sources(count):
 
 
 def test_cached_decoding_equals_decoding_without_a_cache():
-    model = randomised().train()
+    model, batch = randomised().train(), sources(12)
     with torch.no_grad():
-        # A little of the end token's direction, so that some rows end early and others never do.
-        model.embedding.weight[EOS] *= 1.6
-    batch = sources(12)
-    found = greedy(model, batch, BOS, EOS, 15)
+        for name in ("query", "key"):
+            getattr(model.decoder_2.cross_attention, name).weight.mul_(8)
+    endless = greedy(model, batch, BOS, -1, 15)
     assert model.training
+    assert {len(output) for output in endless} == {15}
+    # A token that only some rows come upon takes the part of the end.
+    end = next(token for token in range(VOCABULARY) if 2 < sum(token in output for output in endless) < 10)
+    found = greedy(model, batch, BOS, end, 15)
     model.eval()
-    assert found == [greedy_without_cache(model, source, 15) for source in batch]
-    ended = [output[-1] == EOS for output in found]
-    assert any(ended) and not all(ended)
-    assert all(EOS not in output[:-1] and len(output) <= 15 for output in found)
+    assert found == [greedy_without_cache(model, source, 15, end) for source in batch]
+    assert [output[: len(short)] for output, short in zip(endless, found, strict=True)] == found
+    assert all((end in output) == (found[row][-1] == end) for row, output in enumerate(endless))
+
+
+def test_cached_logits_equal_the_whole_pass_for_any_tokens():
+    model, (source, target) = randomised(), plain_inputs([6, 3, 5], [7, 7, 7])[::3]
+    rows, kept = [[int(token) for token in row if token] for row in source], torch.tensor([2, 0])
+    whole = model.logits(plain_inputs([6, 3, 5], [7, 7, 7]))
+    with torch.no_grad():
+        decoding = Decoding(model, rows)
+        for step in range(7):
+            if step == 4:
+                decoding.select(kept)
+                target, whole = target[kept], whole[kept]
+            torch.testing.assert_close(decoding.advance(target[:, step]), whole[:, step], atol=1e-5, rtol=0)
 
 
 def test_each_new_token_costs_one_position():
