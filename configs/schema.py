@@ -69,9 +69,8 @@ class CorpusSection(Section):
     `body` (without docstring; signature and body compile together), `name`, `words` (those of the name), `docstring`,
     `summary` (its first line), `text` (the docstring as prose), `context` (the code of the file before it), `path`; a
     record whose target fields are empty is left out. `text` gives `text` and `path`, one record per group of whole
-    paragraphs (about 2,000
-    characters). `jsonl` gives each object's own fields. Folders are searched for .py, for .txt .md .rst, for .jsonl
-    .ndjson, each also with .gz; names that start with a dot are skipped.
+    paragraphs (about 2,000 characters). `jsonl` gives each object's own fields. Folders are searched for .py, for
+    .txt .md .rst, for .jsonl .ndjson, each also with .gz; names that start with a dot are skipped.
     """
 
     name: str = Field(description="name in manifests, metrics and tables")
