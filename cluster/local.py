@@ -119,6 +119,7 @@ def _start(config: ClusterSection) -> LocalCluster:
         *("--num-cpus", str(config.local_cpus), "--object-store-memory", str(config.local_object_store_bytes)),
         *("--temp-dir", str(temporary), "--log-color", "false"),
     ]
+    processes.adopt_orphans()
     log = home / "ray-start.log"
     with log.open("wb") as output:
         head = subprocess.Popen(
