@@ -21,7 +21,7 @@ from pathlib import Path
 
 import psutil
 
-from cluster import processes
+from cluster import processes, reaper
 from cluster.authentication import make_state_folder, make_token, state_folder, token_headers, token_path
 from cluster.processes import Mark
 from configs.errors import ConfigError, TelarError, UnreachableError
@@ -112,6 +112,7 @@ def _start(config: ClusterSection) -> LocalCluster:
     agent_port, client_port = _free_ports(2)
     mark_text = secrets.token_hex(8)
     command = [
+        *(sys.executable, reaper.__file__),
         *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"),
         *("--node-ip-address", "127.0.0.1", "--port", "0", "--no-monitor", "--include-log-monitor", "false"),
         *("--dashboard-host", "127.0.0.1", "--dashboard-port", str(dashboard_port)),
@@ -119,7 +120,6 @@ def _start(config: ClusterSection) -> LocalCluster:
         *("--num-cpus", str(config.local_cpus), "--object-store-memory", str(config.local_object_store_bytes)),
         *("--temp-dir", str(temporary), "--log-color", "false"),
     ]
-    processes.adopt_orphans()
     log = home / "ray-start.log"
     with log.open("wb") as output:
         head = subprocess.Popen(

@@ -7,9 +7,7 @@ environment (Ray renames some processes in a way that overwrites that), or desce
 
 from __future__ import annotations
 
-import ctypes
 import os
-import sys
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -21,7 +19,6 @@ from configs.errors import TelarError
 
 MARK_VARIABLE = "TELAR_CLUSTER_MARK"
 SHARED_MEMORY = Path("/dev/shm")
-PR_SET_CHILD_SUBREAPER = 36
 SWEPT_PREFIX = "deepspeed_allreduce_buffer"
 
 
@@ -74,7 +71,9 @@ def end(mark: Mark, grace_seconds: float = 3.0, deadline_seconds: float = 20.0) 
     kill = False
     while processes := members(mark):
         mapped |= shared_memory_of(processes)
-        for process in processes:
+        others = [process for process in processes if process.pid != mark.pid]
+        # The head (`cluster.reaper`) leaves by itself when it has reaped all others.
+        for process in others or (processes if kill else []):
             try:
                 if kill:
                     process.kill()
@@ -88,30 +87,8 @@ def end(mark: Mark, grace_seconds: float = 3.0, deadline_seconds: float = 20.0) 
         kill = elapsed > grace_seconds
         if elapsed > deadline_seconds:
             raise TelarError(f"processes {sorted(p.pid for p in members(mark))} of the embedded cluster do not end")
-    _reap(mark, seen)
     sweep_shared_memory(mapped)
     return sorted(seen)
-
-
-def adopt_orphans() -> None:
-    """Make this process the parent of descendants whose own parent ends (Linux), so that `end` can reap them.
-
-    Otherwise they go to process 1, which in many containers reaps nobody: the table would show dead raylets for ever.
-    """
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-
-
-def _reap(mark: Mark, ended: set[int]) -> None:
-    """Take the exit status of ended processes of the cluster that are children of this one."""
-    for child in psutil.Process().children():
-        try:
-            if not _runs(child) and (
-                child.pid in ended or os.getsid(child.pid) == mark.pid or child.name().startswith("ray::")
-            ):
-                os.waitpid(child.pid, os.WNOHANG)
-        except (psutil.NoSuchProcess, ChildProcessError, ProcessLookupError):
-            continue
 
 
 def shared_memory_of(processes: Iterable[psutil.Process]) -> set[Path]:

@@ -33,6 +33,8 @@ from jobs.ledger import Ledger
 from jobs.rank import Messages, RankReporter, RankTask, run_rank
 from model.operators import operator_environment, prepare_operators
 
+MESSAGES_AT_ONCE = 1000
+
 
 class QueueMessages(Messages):
     """Messages to the parent process through a multiprocessing queue."""
@@ -63,6 +65,10 @@ def rank_process(task: RankTask, environment: dict[str, str], outbox: Any) -> No
     storage = Storage(task.storage_url)
     manifest = Manifest.read(storage, task.data_folder)
     run_rank(task, QueueMessages(outbox), plain_opener(storage, manifest), announce)
+    outbox.close()
+    outbox.join_thread()
+    # All is written; torch's threads may abort the interpreter while it is torn down (seen as exit status -6).
+    os._exit(0)
 
 
 def _die_with_parent() -> None:
@@ -124,7 +130,8 @@ def train_locally(config: RunConfig, storage: Storage, run: str) -> int:
             if process.is_alive() and any(other.exitcode for other in processes):
                 process.kill()
             process.join()
-    _drain(outbox, ledger)
+    while not outbox.empty():
+        _drain(outbox, ledger, wait_seconds=1.0)
     for line in ledger.lines(printed):
         print(line, flush=True)
     failed = [process.name for process in processes if process.exitcode]
@@ -138,10 +145,11 @@ def train_locally(config: RunConfig, storage: Storage, run: str) -> int:
     return 0 if finished else 3
 
 
-def _drain(outbox: Any, ledger: Ledger) -> None:
-    while True:
+def _drain(outbox: Any, ledger: Ledger, wait_seconds: float = 0.0) -> None:
+    """Take what has arrived, at most MESSAGES_AT_ONCE so that fast steps cannot keep the caller here."""
+    for _ in range(MESSAGES_AT_ONCE):
         try:
-            kind, payload = outbox.get(timeout=0.05)
+            kind, payload = outbox.get(block=wait_seconds > 0, timeout=wait_seconds)
         except queue.Empty:
             return
         if kind == "step":

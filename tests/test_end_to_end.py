@@ -162,6 +162,7 @@ def test_a_second_run_reuses_the_prepared_data_and_trains_the_same_model(project
     assert all((first[name] == second[name]).all() for name in first)
 
 
+@pytest.mark.slow
 def test_a_finished_run_resumed_with_more_steps_equals_one_long_run(project, undisturbed):
     submit(project, "short", "--set", "train.steps=3", "--stage", "prepare")
     telar(project, "submit", "--resume", "short", "--stage", "train", "--wait")
@@ -193,7 +194,7 @@ def test_a_stop_commits_and_the_run_goes_on_from_there(project, undisturbed):
     telar(project, "stop", "halted")
     status = json.loads(telar(project, "status", "halted", "--json", check=3).stdout)
     assert status["state"] == "stopped"
-    step = status["step"]
+    step = status["status"]["step"]
     assert commit.committed_steps(Storage(str(project / "runs/halted/checkpoints")))[-1] == step
     telar(project, "submit", "--resume", "halted", "--set", f"train.steps={step + 2}", "--stage", "train", "--wait")
     assert [record["step"] for record in metrics(project, "halted")] == list(range(1, step + 3))

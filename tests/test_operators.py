@@ -12,13 +12,15 @@ from model.operators import CACHE_VARIABLE, OPERATOR, library, operator_environm
 ROOT = Path(__file__).resolve().parent.parent
 
 RANK = """
-import json, sys, logging
+import os, sys, logging
 logging.basicConfig(level=logging.INFO, stream=sys.stderr)
 from model.engine import create_engine
 from tests.test_engine import VOCABULARY, RATE, make_config, share
 engine = create_engine(make_config(), VOCABULARY, 0)
 print(engine.train_step(share(1, 2, engine.rank, engine.world_size), 1, RATE).loss)
 engine.close()
+sys.stdout.flush()
+os._exit(0)  # torch's threads may abort the interpreter while it is torn down
 """
 
 PREPARE = "from model.operators import prepare_operators; o = prepare_operators(); print(o.mode, o.message)"

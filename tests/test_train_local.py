@@ -62,6 +62,7 @@ def test_two_plain_processes_train_commit_and_resume(project):
     assert losses(project, "parts") == losses(project, "whole")
 
 
+@pytest.mark.slow
 def test_the_number_of_processes_does_not_change_the_samples(project):
     run(project, "two", "--set", "model.dropout=0.1")
     run(project, "three", "--set", "parallelism.data=3")
