@@ -104,6 +104,34 @@ def test_a_missing_configuration_is_named(project):
     refused(project, 2, "tiny.yml", "did you mean", arguments=("submit", "tiny.yml"))
 
 
+def text_corpus(project, path):
+    content = {**CONFIG, "data": {"corpora": [{"name": "prose", "kind": "text", "path": path, "target": "{text}"}]}}
+    content["data"]["corpora"][0]["continuation"] = True
+    (project / "tiny.yaml").write_text(yaml.safe_dump(content))
+
+
+def test_a_missing_corpus_is_named(project):
+    text_corpus(project, "nowhere")
+    refused(project, 2, "data.corpora.prose.path", "nowhere does not exist", "relative to the configuration file")
+
+
+def test_a_corpus_folder_without_matching_files_is_named(project):
+    text_corpus(project, "code")
+    refused(project, 1, "data.corpora[prose].path", "no file of", "change path, kind or exclude")
+
+
+def test_an_empty_corpus_is_named(project):
+    (project / "empty.txt").write_text("\n \n")
+    text_corpus(project, "empty.txt")
+    refused(project, 1, "data.corpora[prose].path", "empty.txt holds no text", "put content there")
+
+
+def test_a_corpus_that_is_not_utf8_is_named_with_the_byte(project):
+    (project / "latin.txt").write_bytes(b"plain, then caf\xe9\n")
+    text_corpus(project, "latin.txt")
+    refused(project, 1, "data.corpora[prose].path", "latin.txt is not UTF-8 (byte 15)", "iconv")
+
+
 def test_storage_that_cannot_be_written_is_named(project):
     (project / "file").write_text("in the way")
     arguments = ("submit", "tiny.yaml", "--storage", "file/below")
