@@ -1,10 +1,12 @@
 """The run's controller: a detached actor that walks prepare -> train -> evaluate -> report and keeps the run's books.
 
-It outlives the job's entrypoint (`jobs.run`), which only starts it, attaches to it and prints what it says.
+It outlives the job's entrypoint (`jobs.run`), which only starts it, attaches to it, prints what it says and removes
+it at the end. Where the entrypoint was killed, the controller leaves by itself once the run has ended.
 """
 
 from __future__ import annotations
 
+import os
 import threading
 import traceback
 from typing import Any
@@ -24,6 +26,10 @@ from jobs.stages import Stages
 
 STOP_REQUEST = "stop-requested"
 HEARTBEAT_SECONDS = 1.0
+# Object stores are asked less often: each heartbeat is two requests.
+REMOTE_HEARTBEAT_SECONDS = 5.0
+# How long an ended controller waits to be read and removed by its client before it leaves by itself.
+FAREWELL_SECONDS = 60.0
 
 
 class Controller:
@@ -72,11 +78,15 @@ class Controller:
             heartbeat.join()
             self._ledger.update(state=state, message=message)
             self._ledger.close()
+            leave = threading.Timer(FAREWELL_SECONDS, os._exit, [0])
+            leave.daemon = True
+            leave.start()
         return state
 
     def _heartbeat(self) -> None:
         """Renew the lease in storage and hear stop requests that were left there."""
-        while not self._ended.wait(HEARTBEAT_SECONDS):
+        seconds = HEARTBEAT_SECONDS if self._storage.is_local else REMOTE_HEARTBEAT_SECONDS
+        while not self._ended.wait(seconds):
             self._ledger.write_status()
             if self._stop_reason is None and self._ledger.folder.exists(STOP_REQUEST):
                 self.stop("telar stop")

@@ -87,7 +87,9 @@ class TrainStage:
         label = f"{self._run}/attempt-{attempt}"
         start = latest.step if latest else 0
         self._ledger.event("attempt_started", attempt=attempt, world_size=world_size, from_step=start)
-        self._ledger.update(attempt=attempt, world_size=world_size, state="training", step=start)
+        self._ledger.update(
+            attempt=attempt, world_size=world_size, state="training", step=start, last_commit_step=start or None
+        )
         timeout = config.elastic.start_timeout_seconds
         groups = reserve(resources, world_size, label, timeout)
         servers = None

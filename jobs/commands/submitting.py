@@ -29,7 +29,7 @@ from configs.errors import ConfigError, StorageError
 from configs.load import apply_overrides, changed_fields, config_digest, load_config, parse_config, to_yaml
 from configs.schema import RunConfig
 from jobs.commands.addresses import given_address
-from jobs.commands.runs import STOP_REQUEST, RunPlace, locate, state_of, storage_for
+from jobs.commands.runs import STOP_REQUEST, TERMINAL, RunPlace, locate, state_of, storage_for
 
 if TYPE_CHECKING:
     from jobs.submit import Jobs
@@ -189,11 +189,14 @@ def _resumed(request: Request) -> tuple[RunPlace, RunConfig]:
 
 
 def _refuse_running(jobs: Jobs, place: RunPlace) -> None:
-    details = jobs.of_run(place.url)
-    if details is not None and not details.status.is_terminal():
+    """Raise ConfigError while the run's job or, its job lost, its controller still works on it."""
+    details, state = jobs.of_run(place.url), state_of(place.status())
+    job_runs = details is not None and not details.status.is_terminal()
+    if job_runs or state not in (*TERMINAL, "silent", "submitted"):
+        job = f"job {details.submission_id}, " if details is not None else ""
         raise ConfigError(
-            f"--resume: run {place.name!r} is going on (job {details.submission_id}, {state_of(place.status())}); "
-            f"follow it with `telar watch {place.name}` or stop it first"
+            f"--resume: run {place.name!r} is going on ({job}{state}); follow it with `telar watch {place.name}` or "
+            "stop it first"
         )
 
 
