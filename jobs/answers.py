@@ -17,6 +17,7 @@ from data.manifest import Manifest
 from data.packing import Pair, cut_pairs, fit_source
 from data.shards import Samples
 from data.tokenizer import Tokenizer
+from jobs.batches import to_model
 from jobs.evaluator import Evaluator
 from jobs.tasks.base import Generate, LogLikelihood, Request
 from model.batch import ModelBatch
@@ -134,15 +135,7 @@ class ModelAnswers:
         )
         tokenizer, data = self._tokenizer, self._data
         batch = collate(samples, 0, data.source_tokens, data.target_tokens, tokenizer.pad_id, tokenizer.bos_id)
-        inputs = (
-            batch.source_tokens,
-            batch.source_positions,
-            batch.source_segments,
-            batch.target_tokens,
-            batch.target_positions,
-            batch.target_segments,
-        )
-        return ModelBatch.from_numpy(0, inputs, batch.labels, batch.loss_weight).trimmed()
+        return to_model(batch).trimmed()
 
     def _encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         return self._tokenizer.encode_batch(texts) if texts else []

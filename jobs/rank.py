@@ -14,9 +14,9 @@ from cluster import commit
 from cluster.storage import SpooledText, Storage
 from configs.load import config_digest
 from configs.schema import RunConfig
-from data.batches import Batch
 from data.loader import Loader
 from data.manifest import Manifest, ShardInfo
+from jobs.batches import to_model
 from jobs.loop import Course, LoopEnd, StepRecord, train
 from jobs.machine import hardware, versions
 from model.batch import ModelBatch
@@ -178,23 +178,6 @@ class TorchBatches:
     def next_step(self) -> list[ModelBatch]:
         """Micro-batches of the next optimizer step."""
         return [to_model(batch) for batch in self._loader.next_step()]
-
-
-def to_model(batch: Batch) -> ModelBatch:
-    """A data batch as the model's batch; arrays `[batch, sequence]` become tensors that share their memory."""
-    return ModelBatch.from_numpy(
-        batch.index,
-        (
-            batch.source_tokens,
-            batch.source_positions,
-            batch.source_segments,
-            batch.target_tokens,
-            batch.target_positions,
-            batch.target_segments,
-        ),
-        batch.labels,
-        batch.loss_weight,
-    )
 
 
 def peak_memory_bytes() -> int:
