@@ -7,7 +7,7 @@ SMOKE_RUN ?=
 
 .PHONY: smoke test test-slow lint format lock clean
 
-# Stale when the lock, the project file or the interpreter's version changes.
+# Stale when the lock or the project file changes.
 .venv: requirements.lock pyproject.toml
 	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v < (3, 13) else f"Telar needs Python 3.11 or 3.12, {sys.executable} is {v[0]}.{v[1]}; run make PYTHON=/path/to/python3.11")'
 	rm -rf .venv

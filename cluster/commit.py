@@ -29,6 +29,10 @@ class CheckpointError(StorageError):
     """A checkpoint is absent, uncommitted, or not what its digests say."""
 
 
+class DamagedCheckpoint(CheckpointError):
+    """A file of a committed step is gone or does not match its digest."""
+
+
 @dataclass(frozen=True)
 class RankFile:
     """One rank's file as the rank reported it: path relative to the attempt's folder, bytes, xxh3-128 hex."""
@@ -96,9 +100,25 @@ def commit(
     checkpoints.write_bytes(f"{folder}/MANIFEST.json", text)
     digest = xxhash.xxh3_128_hexdigest(text)
     marker = {"attempt": attempt, "digest": digest}
+    if not _is_valid(checkpoints, step):
+        # A damaged COMMIT says nothing; it must not keep the step from being committed anew.
+        checkpoints.remove(f"{step_folder(step)}/COMMIT")
     if not checkpoints.create(f"{step_folder(step)}/COMMIT", json.dumps(marker).encode()):
         raise CheckpointError(f"step {step} was committed by another attempt; this one's files are not used")
     return Committed(step, attempt, folder, manifest, digest)
+
+
+def _is_valid(checkpoints: Storage, step: int) -> bool:
+    try:
+        read_commit(checkpoints, step)
+    except CheckpointError:
+        return False
+    return True
+
+
+def withdraw(checkpoints: Storage, step: int) -> None:
+    """Take back a commit whose rank files turned out to be damaged; the files stay until they are pruned."""
+    checkpoints.remove(f"{step_folder(step)}/COMMIT")
 
 
 def read_commit(checkpoints: Storage, step: int) -> Committed:
@@ -134,12 +154,10 @@ def committed_steps(checkpoints: Storage) -> list[int]:
     return sorted(steps)
 
 
-def latest(checkpoints: Storage, at_most: int | None = None) -> tuple[Committed | None, list[str]]:
+def latest(checkpoints: Storage) -> tuple[Committed | None, list[str]]:
     """The highest valid committed step, and a message for each committed step that was passed over as damaged."""
     passed_over = []
     for step in reversed(committed_steps(checkpoints)):
-        if at_most is not None and step > at_most:
-            continue
         try:
             return read_commit(checkpoints, step), passed_over
         except CheckpointError as error:

@@ -36,6 +36,11 @@ def rank_resources(config: RunConfig, totals: dict[str, float]) -> RankResources
     ranks = config.parallelism.data
     for name, each, field in (("CPU", wanted.cpus, "cpus_per_rank"), ("GPU", wanted.gpus, "device: cuda")):
         have = int(totals.get(name, 0))
+        if each and not have:
+            raise CapacityError(
+                f"cluster.device: the run asks for {name}s and the cluster has none; set cluster.device to cpu or add "
+                "nodes that have them"
+            )
         if ranks * each > have:
             raise CapacityError(
                 f"parallelism.data: {ranks} ranks x {each} {name} (cluster.{field}) need {ranks * each} {name}s, the "

@@ -58,7 +58,7 @@ class ClusterSection(Section):
         8265, ge=1024, le=65535, description="first port tried for the embedded dashboard, on 127.0.0.1"
     )
     shared_filesystem: bool = Field(
-        False, description="true: file storage is one shared folder on all nodes (probed on each before work starts)"
+        False, description="true: file storage is one shared folder on all nodes of the cluster"
     )
 
 
@@ -269,12 +269,12 @@ class RunConfig(Section):
     tracking: TrackingSection = Field(default_factory=TrackingSection)
 
     @model_validator(mode="after")
-    def _embedded_cluster_is_big_enough(self) -> RunConfig:
-        needed = self.parallelism.data * self.cluster.cpus_per_rank
-        if self.cluster.address is None and self.cluster.device == "cpu" and needed > self.cluster.local_cpus:
+    def _every_replica_has_work(self) -> RunConfig:
+        micro_batches = self.train.global_batch_sequences // self.train.micro_batch_sequences
+        if self.parallelism.data > micro_batches:
             raise ValueError(
-                f"cluster.local_cpus: {self.parallelism.data} ranks x {self.cluster.cpus_per_rank} CPUs need {needed} "
-                f"logical CPUs, the embedded cluster has {self.cluster.local_cpus}; set cluster.local_cpus to "
-                f"{needed} or parallelism.data to {max(1, self.cluster.local_cpus // self.cluster.cpus_per_rank)}"
+                f"parallelism.data: {self.parallelism.data} replicas share {micro_batches} micro-batches a step, so "
+                f"{self.parallelism.data - micro_batches} would idle; set parallelism.data to {micro_batches}, or "
+                "raise train.global_batch_sequences or lower train.micro_batch_sequences"
             )
         return self

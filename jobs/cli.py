@@ -116,11 +116,14 @@ def _submit(request: Any, wait: bool, down: bool, as_json: bool) -> None:
         click.echo(submitted.as_text())
     from jobs.commands.following import INTERRUPTED, follow_job
 
-    code = follow_job(submitted.jobs, submitted.place, submitted.job_id, _writer(to_stderr=as_json))
-    if down and code != INTERRUPTED and submitted.started_cluster:
-        from jobs.commands.clusters import take_down
+    code = None
+    try:
+        code = follow_job(submitted.jobs, submitted.place, submitted.job_id, _writer(to_stderr=as_json))
+    finally:
+        if down and code != INTERRUPTED and submitted.started_cluster:
+            from jobs.commands.clusters import take_down
 
-        click.echo(take_down(force=False)["message"], err=True)
+            click.echo(take_down(force=False)["message"], err=True)
     if as_json:
         _print(True, {**result, "exit_code": code, "status": submitted.place.status()}, "")
     sys.exit(code)

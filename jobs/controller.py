@@ -6,6 +6,7 @@ it at the end. Where the entrypoint was killed, the controller leaves by itself 
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import traceback
@@ -18,7 +19,7 @@ from cluster import commit
 from cluster.environment import check_fingerprint
 from cluster.gauges import RunGauges
 from cluster.storage import Storage
-from configs.errors import RunStopped, TelarError
+from configs.errors import RunStopped, StorageError, TelarError
 from configs.load import parse_config
 from configs.schema import RunConfig
 from jobs.ledger import Ledger
@@ -28,40 +29,59 @@ STOP_REQUEST = "stop-requested"
 HEARTBEAT_SECONDS = 1.0
 # Object stores are asked less often: each heartbeat is two requests.
 REMOTE_HEARTBEAT_SECONDS = 5.0
-# How long an ended controller waits to be read and removed by its client before it leaves by itself.
+# How long a controller that has nothing to do waits for a client before it leaves by itself.
 FAREWELL_SECONDS = 60.0
 
 
 class Controller:
     """One run. `execute` walks the stages in one thread of the actor; the other methods answer meanwhile."""
 
-    def __init__(self, storage_url: str, run: str, job_id: str, dashboard_url: str | None) -> None:
-        check_fingerprint()
+    def __init__(self, storage_url: str, run: str) -> None:
         self._storage, self._run = Storage(storage_url), run
-        self._config = read_config(self._storage, run)
-        self._ledger = Ledger(self._storage, run, self._config)
-        self._ledger.update(job_id=job_id, dashboard_url=dashboard_url)
-        self._gauges = RunGauges(run) if self._config.tracking.gauges else None
-        self._stop_reason: str | None = None
+        self._ledger: Ledger | None = None
+        self._gauges: RunGauges | None = None
         self._stages: Stages | None = None
-        self._started = threading.Event()
+        self._stop_reason: str | None = None
+        self._claim = threading.Lock()
+        self._started = False
         self._ended = threading.Event()
+        self._leave_later()
 
-    def execute(self, names: list[str]) -> str:
+    def has_ended(self) -> bool:
+        """Whether the run is over, so that a new job needs a new controller."""
+        return self._ended.is_set()
+
+    def execute(self, names: list[str], job_id: str, dashboard_url: str | None) -> str:
         """Walk the named stages and return the terminal state: finished, stopped or failed.
 
-        An error that is no TelarError is recorded with its traceback and raised.
+        A second caller waits for the first one's outcome. An error that is no TelarError is recorded with its
+        traceback and raised; so is a TelarError before the run's books could be opened.
         """
-        if self._started.is_set():
+        with self._claim:
+            first, self._started = not self._started, True
+        if not first:
             self._ended.wait()
-            return self._ledger.status["state"]
-        self._started.set()
-        heartbeat = threading.Thread(target=self._heartbeat, name="heartbeat", daemon=True)
+            return self._ledger.status["state"] if self._ledger is not None else "failed"
+        try:
+            check_fingerprint()
+            return self._walk(names, job_id, dashboard_url)
+        finally:
+            self._ended.set()
+            self._leave_later()
+
+    def _walk(self, names: list[str], job_id: str, dashboard_url: str | None) -> str:
+        config = read_config(self._storage, self._run)
+        ledger = self._ledger = Ledger(self._storage, self._run, config)
+        ledger.update(job_id=job_id, dashboard_url=dashboard_url)
+        if config.tracking.gauges:
+            self._gauges = RunGauges(self._run)
+        over = threading.Event()
+        heartbeat = threading.Thread(target=self._heartbeat, args=(ledger, over), name="heartbeat", daemon=True)
         heartbeat.start()
         state, message = "failed", None
         try:
             me = ray.get_runtime_context().current_actor
-            self._stages = Stages(self._config, self._storage, self._run, self._ledger, me, self.stop_requested)
+            self._stages = Stages(config, self._storage, self._run, ledger, me, self.stop_requested)
             self._stages.walk(names)
             state = "finished"
         except RunStopped as stopped:
@@ -71,31 +91,45 @@ class Controller:
         finally:
             if state == "failed" and message is None:
                 message = traceback.format_exc(limit=20)
-            self._ledger.event(f"run_{state}", detail=message)
-            if message:
-                self._ledger.say(f"{state}: {message}")
-            self._ended.set()
+            over.set()
             heartbeat.join()
-            self._ledger.update(state=state, message=message)
-            self._ledger.close()
-            leave = threading.Timer(FAREWELL_SECONDS, os._exit, [0])
-            leave.daemon = True
-            leave.start()
+            if message:
+                ledger.say(f"{state}: {message}")
+            ledger.event(f"run_{state}", detail=message)
+            ledger.update(state=state, message=message)
+            ledger.close()
         return state
 
-    def _heartbeat(self) -> None:
-        """Renew the lease in storage and hear stop requests that were left there."""
+    def _heartbeat(self, ledger: Ledger, over: threading.Event) -> None:
+        """Renew the lease in storage and hear stop requests that were left there; storage may fail for a while."""
         seconds = HEARTBEAT_SECONDS if self._storage.is_local else REMOTE_HEARTBEAT_SECONDS
-        while not self._ended.wait(seconds):
-            self._ledger.write_status()
-            if self._stop_reason is None and self._ledger.folder.exists(STOP_REQUEST):
+        while not over.wait(seconds):
+            try:
+                ledger.write_status()
+                asked = ledger.folder.exists(STOP_REQUEST)
+            except (StorageError, OSError) as error:
+                logging.warning("heartbeat of run %s: %s", self._run, error)
+                continue
+            if asked and self._stop_reason is None:
                 self.stop("telar stop")
+
+    def _leave_later(self) -> None:
+        """End this process in a while, unless it is walking the stages then: nobody may be left to remove it."""
+
+        def leave() -> None:
+            if self._ended.is_set() or not self._started:
+                os._exit(0)
+
+        timer = threading.Timer(FAREWELL_SECONDS, leave)
+        timer.daemon = True
+        timer.start()
 
     def stop(self, reason: str) -> None:
         """Commit, then end the run as stopped."""
         self._stop_reason = reason
-        self._ledger.event("stop_requested", detail=reason)
-        self._ledger.say(f"stop requested ({reason}); committing")
+        if self._ledger is not None:
+            self._ledger.event("stop_requested", detail=reason)
+            self._ledger.say(f"stop requested ({reason}); committing")
         if self._stages is not None:
             self._stages.stop()
 
@@ -103,24 +137,29 @@ class Controller:
         """Whether someone asked for a stop."""
         return self._stop_reason is not None
 
-    def status(self) -> dict[str, Any]:
-        """The content of status.json."""
-        return dict(self._ledger.status)
+    def lines(self, after: int) -> list[str]:
+        """Lines said after the first `after` ones."""
+        return self._ledger.lines(after) if self._ledger is not None else []
 
-    def lines(self, after: int) -> tuple[list[str], bool]:
-        """Lines said after the first `after` ones, and whether the run has ended."""
-        ended = self._ended.is_set()
-        return self._ledger.lines(after), ended
-
+    # One thread, so that the steps of metrics.jsonl stay in order.
+    @ray.method(concurrency_group="steps")
     def record_step(self, record: dict[str, Any]) -> None:
         """A step of rank 0."""
-        self._ledger.record_step(record)
+        if self._ledger is not None:
+            self._ledger.record_step(record)
         if self._gauges is not None:
             self._gauges.publish(record)
 
     def record_rank_file(self, step: int, attempt: int, file: commit.RankFile, world_size: int, extra: dict) -> None:
         """A rank's part of a checkpoint lies in storage."""
+        assert self._ledger is not None
         self._ledger.record_rank_file(step, attempt, file, world_size, extra)
+
+    def record_problem(self, text: str) -> None:
+        """A rank could not do something that the run goes on without."""
+        assert self._ledger is not None
+        self._ledger.event("problem", detail=text)
+        self._ledger.say(text)
 
 
 def read_config(storage: Storage, run: str) -> RunConfig:
@@ -135,17 +174,26 @@ def read_config(storage: Storage, run: str) -> RunConfig:
     return parse_config(yaml.safe_load(text), f"{run}/config.yaml")
 
 
-def create_or_attach(storage_url: str, run: str, job_id: str, dashboard_url: str | None) -> Any:
-    """The run's controller actor, created detached where there is none."""
-    return (
-        ray.remote(Controller)
-        .options(
-            name=f"{run}/controller",
-            namespace="telar",
-            lifetime="detached",
-            get_if_exists=True,
-            num_cpus=0,
-            max_concurrency=16,
+def create_or_attach(storage_url: str, run: str) -> Any:
+    """The run's controller actor: the one that works on it, else a new detached one."""
+    name = f"{run}/controller"
+    while True:
+        actor = (
+            ray.remote(concurrency_groups={"steps": 1})(Controller)
+            .options(
+                name=name,
+                namespace="telar",
+                lifetime="detached",
+                get_if_exists=True,
+                num_cpus=0,
+                max_concurrency=16,
+            )
+            .remote(storage_url, run)
         )
-        .remote(storage_url, run, job_id, dashboard_url)
-    )
+        try:
+            if not ray.get(actor.has_ended.remote()):
+                return actor
+            ray.kill(actor)
+        except ray.exceptions.RayActorError:
+            # It ended, or left by itself, between our two calls; its name is free for a new one.
+            continue

@@ -103,7 +103,8 @@ class RayRunner:
         try:
             for _ in range(min(self._workers, len(pending))):
                 spawn()
-            while busy:
+            # Evaluators that still wait for a CPU when the last slice is done are not waited for.
+            while pending or any(piece is not None for _, piece in busy.values()):
                 if should_stop():
                     raise RunStopped("stopped on request during evaluation; finished slices are kept")
                 done, _ = ray.wait(list(busy), num_returns=1, timeout=POLL_SECONDS)

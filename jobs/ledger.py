@@ -25,6 +25,7 @@ class Ledger:
         self._config = config
         self._metrics = SpooledText(self.folder, "metrics.jsonl")
         self._events = SpooledText(self.folder, "events.jsonl")
+        self._log = SpooledText(self.folder, "logs/job.log")
         self._lock = threading.RLock()
         self._reported: dict[tuple[int, int], dict[int, commit.RankFile]] = {}
         self._lines: list[str] = []
@@ -46,6 +47,9 @@ class Ledger:
             "updated_unix": time.time(),
             "started_unix": time.time(),
         }
+        latest, _ = commit.latest(self.checkpoints)
+        if latest is not None:
+            self.status.update(step=latest.step, last_commit_step=latest.step, tokens=latest.manifest.get("tokens", 0))
 
     def event(self, event: str, **detail: Any) -> None:
         """Append one line to events.jsonl."""
@@ -53,9 +57,10 @@ class Ledger:
         self._events.flush()
 
     def say(self, line: str) -> None:
-        """Add a line to what people following the run read."""
+        """Add a line to what people following the run read, and to logs/job.log."""
         with self._lock:
             self._lines.append(line)
+        self._log.append(line)
 
     def lines(self, after: int) -> list[str]:
         """Lines said since the first `after` ones."""
@@ -112,19 +117,27 @@ class Ledger:
             del self._reported[(step, attempt)]
         try:
             commit.commit(self.checkpoints, step, attempt, list(files.values()), world_size, extra)
-            removed = commit.prune(self.checkpoints, self._config.checkpoint.keep)
         except (StorageError, OSError) as error:
             self.event("commit_failed", step=step, attempt=attempt, detail=str(error))
             self.say(f"checkpoint of step {step} was not committed: {error}")
             return
         total = sum(part.bytes for part in files.values())
-        self.event("committed", step=step, attempt=attempt, bytes=total, removed=removed)
+        self.event("committed", step=step, attempt=attempt, bytes=total)
         self.update(last_commit_step=step)
+        try:
+            removed = commit.prune(self.checkpoints, self._config.checkpoint.keep)
+        except (StorageError, OSError) as error:
+            self.event("prune_failed", detail=str(error))
+            self.say(f"old checkpoints could not be removed: {error}")
+            return
+        if removed:
+            self.event("pruned", steps=removed)
 
     def close(self) -> None:
         """Write everything out."""
         self._metrics.close()
         self._events.close()
+        self._log.close()
 
 
 def step_line(record: dict[str, Any], steps: int) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 
 from cluster import commit
 from cluster.storage import SpooledText, Storage
+from configs.errors import StorageError
 from configs.load import config_digest
 from configs.schema import RunConfig
 from data.loader import Loader
@@ -48,6 +49,9 @@ class Messages:
 
     def rank_file(self, step: int, attempt: int, file: commit.RankFile, world_size: int, extra: dict) -> None:
         """This rank's part of a checkpoint lies in storage."""
+
+    def problem(self, text: str) -> None:
+        """Something went wrong that training goes on without."""
 
 
 class RankReporter:
@@ -91,7 +95,12 @@ class RankReporter:
 
     def _write(self, copies: Any, step: int, tokens: int) -> None:
         task = self._task
-        file = write_snapshot(self._checkpoints, step, task.attempt, task.rank, copies)
+        try:
+            file = write_snapshot(self._checkpoints, step, task.attempt, task.rank, copies)
+        except (StorageError, OSError) as error:
+            # This checkpoint is lost, not the run: the step stays uncommitted and the one before it the latest.
+            self._messages.problem(f"rank {task.rank} could not write its part of step {step}: {error}")
+            return
         extra = {
             "run": task.run,
             "tokens": tokens,

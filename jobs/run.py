@@ -1,12 +1,14 @@
 """Entrypoint of a run's Ray job: `python -m jobs.run STORAGE/RUN [--stage NAME]`.
 
 A thin client: it creates or re-attaches to the run's controller, prints what the controller says, and exits with the
-run's outcome (0 finished, 1 failed, 3 stopped). SIGTERM asks the controller to commit and stop.
+run's outcome (0 finished, 1 failed, 3 stopped). SIGTERM asks the controller to commit and stop; any other end of this
+process leaves the run going on.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import signal
 import sys
@@ -15,6 +17,7 @@ import threading
 import ray
 
 from cluster.environment import DASHBOARD_VARIABLE, JOB_ID_VARIABLE, check_fingerprint
+from cluster.storage import Storage
 from configs.errors import TelarError
 from jobs.controller import create_or_attach
 from jobs.stages import STAGES
@@ -34,29 +37,49 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
     check_fingerprint()
     ray.init(namespace="telar", log_to_driver=False, logging_level="warning")
+    # ray.init puts a handler of its own in place, which exits at once.
+    signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    controller = create_or_attach(storage_url, run)
     job_id = os.environ.get(JOB_ID_VARIABLE, ray.get_runtime_context().get_job_id())
-    controller = create_or_attach(storage_url, run, job_id, os.environ.get(DASHBOARD_VARIABLE))
-    outcome = controller.execute.remote([arguments.stage] if arguments.stage else list(STAGES))
+    stages = [arguments.stage] if arguments.stage else list(STAGES)
+    outcome = controller.execute.remote(stages, job_id, os.environ.get(DASHBOARD_VARIABLE))
     try:
-        return EXIT_CODES[follow(controller, outcome, stop)]
-    finally:
+        state = follow(controller, outcome, stop)
+    except ray.exceptions.RayActorError:
+        # Another client of the same run saw the end first and removed the controller; or it died.
+        state = recorded_state(Storage(storage_url), run)
+    else:
         ray.kill(controller)
+    return EXIT_CODES[state]
 
 
 def follow(controller: ray.actor.ActorHandle, outcome: ray.ObjectRef, stop: threading.Event) -> str:
-    """Print the controller's lines until the outcome is there; pass a stop on once."""
+    """Print the controller's lines until the outcome is there; pass a stop on once. Returns the terminal state."""
     printed, told = 0, False
     while True:
         done, _ = ray.wait([outcome], timeout=POLL_SECONDS)
         if stop.is_set() and not told:
             ray.get(controller.stop.remote("SIGTERM to the job's entrypoint"))
             told = True
-        lines, _ = ray.get(controller.lines.remote(printed))
+        lines = ray.get(controller.lines.remote(printed))
         printed += len(lines)
         for line in lines:
             print(line, flush=True)
-        if done:
+        if not done:
+            continue
+        try:
             return ray.get(outcome)
+        except ray.exceptions.RayTaskError as error:
+            print(f"error: {error.cause if isinstance(error.cause, TelarError) else error}", flush=True)
+            return "failed"
+
+
+def recorded_state(storage: Storage, run: str) -> str:
+    """The terminal state in status.json; raises TelarError when the run is in none."""
+    state = json.loads(storage.read_text(f"{run}/status.json"))["state"]
+    if state not in EXIT_CODES:
+        raise TelarError(f"the controller of run {run} died while {state}; continue with `telar submit --resume {run}`")
+    return state
 
 
 if __name__ == "__main__":

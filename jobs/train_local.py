@@ -50,6 +50,10 @@ class QueueMessages(Messages):
         """Send what this rank wrote."""
         self._outbox.put(("file", (step, attempt, file, world_size, extra)))
 
+    def problem(self, text: str) -> None:
+        """Send what went wrong."""
+        self._outbox.put(("problem", text))
+
 
 def rank_process(task: RankTask, environment: dict[str, str], outbox: Any) -> None:
     """Body of one rank's process; SIGTERM asks it to commit and leave."""
@@ -154,6 +158,8 @@ def _drain(outbox: Any, ledger: Ledger, wait_seconds: float = 0.0) -> None:
             return
         if kind == "step":
             ledger.record_step(payload)
+        elif kind == "problem":
+            ledger.say(payload)
         else:
             ledger.record_rank_file(*payload)
 

@@ -36,6 +36,7 @@ class TrainStage:
         self._ledger, self._controller = ledger, controller
         self._workers: list[Any] = []
         self._stopping = False
+        self._start_step = 0
 
     def is_done(self) -> bool:
         """Whether the last step of the run is committed."""
@@ -50,16 +51,29 @@ class TrainStage:
         while True:
             try:
                 end = self._attempt(resources, operators)
-            except AttemptFailed as error:
+                self._check_committed(end)
+            except commit.DamagedCheckpoint as error:
+                # Damage that shows only when the files are read: fall back to the commit before.
+                commit.withdraw(self._ledger.checkpoints, self._start_step)
+                self._ledger.event("checkpoint_damaged", step=self._start_step, detail=str(error))
+                self._ledger.say(f"{error}\nfalling back to the commit before step {self._start_step}")
+                continue
+            except (AttemptFailed, ray.exceptions.RayError) as error:
                 self._ledger.event("attempt_failed", attempt=self._ledger.status["attempt"], detail=str(error))
                 if self._stopping or restarts >= self._config.elastic.max_restarts:
-                    raise
+                    raise AttemptFailed(str(error)) from error
                 restarts += 1
                 self._ledger.say(f"{error}\nrestart {restarts} of {self._config.elastic.max_restarts}")
                 continue
             if end.stopped:
                 raise RunStopped(f"stopped on request after step {end.step}; its state is committed")
             return
+
+    def _check_committed(self, end: LoopEnd) -> None:
+        latest, _ = commit.latest(self._ledger.checkpoints)
+        if latest is None or latest.step < end.step:
+            found = f"the latest commit is step {latest.step}" if latest else "nothing is committed"
+            raise AttemptFailed(f"training reached step {end.step}, but {found}; events.jsonl says why")
 
     def stop(self) -> None:
         """Ask all ranks to commit and leave."""
@@ -85,7 +99,7 @@ class TrainStage:
             self._ledger.event("checkpoint_damaged", detail=message)
             self._ledger.say(message)
         label = f"{self._run}/attempt-{attempt}"
-        start = latest.step if latest else 0
+        start = self._start_step = latest.step if latest else 0
         self._ledger.event("attempt_started", attempt=attempt, world_size=world_size, from_step=start)
         self._ledger.update(
             attempt=attempt, world_size=world_size, state="training", step=start, last_commit_step=start or None

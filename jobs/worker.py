@@ -32,6 +32,10 @@ class ControllerMessages(Messages):
         """Wait until the controller has it: the last rank's message is what commits the step."""
         ray.get(self._controller.record_rank_file.remote(step, attempt, file, world_size, extra))
 
+    def problem(self, text: str) -> None:
+        """Send what went wrong."""
+        self._controller.record_problem.remote(text)
+
 
 @ray.remote(max_restarts=0, max_concurrency=4)
 class TrainWorker:

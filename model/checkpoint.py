@@ -18,7 +18,7 @@ import xxhash
 from safetensors import safe_open
 from torch import Tensor
 
-from cluster.commit import CheckpointError, Committed, RankFile, attempt_folder, rank_file_name
+from cluster.commit import CheckpointError, Committed, DamagedCheckpoint, RankFile, attempt_folder, rank_file_name
 from cluster.storage import Storage
 from model.engine import Engine
 from model.fragments import WEIGHT, Fragment, fragments
@@ -173,9 +173,9 @@ class CheckpointReader:
                     if copy is not None:
                         copy.write(block)
         except FileNotFoundError as error:
-            raise CheckpointError(f"{checkpoints.url}/{path}: absent; the checkpoint cannot be used") from error
+            raise DamagedCheckpoint(f"{checkpoints.url}/{path}: absent; the checkpoint cannot be used") from error
         if size != record.bytes or digest.hexdigest() != record.digest:
-            raise CheckpointError(
+            raise DamagedCheckpoint(
                 f"{checkpoints.url}/{path}: {size} bytes with digest {digest.hexdigest()}, its manifest says "
                 f"{record.bytes} bytes and {record.digest}; the file is damaged, use another checkpoint"
             )

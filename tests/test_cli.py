@@ -20,7 +20,7 @@ CONFIG = {
     },
     "model": {"d_model": 32, "heads": 2, "d_ff": 64, "encoder_layers": 1, "decoder_layers": 1},
     "parallelism": {"data": 2},
-    "train": {"steps": 6, "global_batch_sequences": 8, "micro_batch_sequences": 2},
+    "train": {"steps": 6, "global_batch_sequences": 32, "micro_batch_sequences": 2},
 }
 RAY_VARIABLES = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "TELAR_STORAGE", "TELAR_DEBUG")
 

@@ -72,10 +72,7 @@ def test_every_field_says_what_it_means():
         ({"train__global_batch_sequences": 7}, "train.global_batch_sequences: 7 is no multiple of micro_batch"),
         ({"optimizer__betas": [0.9, 1.5]}, "optimizer.betas: [0.9, 1.5] must lie in [0, 1)"),
         ({"data__corpora": []}, "data.corpora: "),
-        (
-            {"cluster__device": "cpu", "cluster__local_cpus": 2, "parallelism__data": 3},
-            "cluster.local_cpus: 3 ranks x 1 CPUs need 3 logical CPUs, the embedded cluster has 2",
-        ),
+        ({"parallelism__data": 3}, "parallelism.data: 3 replicas share 2 micro-batches a step, so 1 would idle"),
     ],
 )
 def test_mistakes_are_named_with_their_fix(changes, message, tmp_path):
@@ -111,6 +108,16 @@ def test_overrides_are_typed_and_address_list_entries_by_name(tmp_path):
         load_config(file, ["train.steps"])
     with pytest.raises(ConfigError, match="no entry 'b'; there are a"):
         load_config(file, ["data.corpora.b.weight=1"])
+
+
+def test_numbers_and_dates_mean_what_they_look_like(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(tree()) + "run: {name: 2026-11-22}\n")
+    config = load_config(file, ["optimizer.learning_rate=3e-4", "optimizer.eps=1E-8", "model.dropout=.25"])
+    assert config.run.name == "2026-11-22"
+    assert (config.optimizer.learning_rate, config.optimizer.eps, config.model.dropout) == (3e-4, 1e-8, 0.25)
+    with pytest.raises(ConfigError, match="valid integer, not 400"):
+        load_config(file, ["train.steps=4e2"])
 
 
 def test_extends_goes_one_level(tmp_path):

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 
@@ -162,6 +163,20 @@ def test_a_second_run_reuses_the_prepared_data_and_trains_the_same_model(project
     assert all((first[name] == second[name]).all() for name in first)
 
 
+def test_a_damaged_rank_file_is_named_and_the_commit_before_it_used(project, undisturbed):
+    checkpoints = Storage(str(project / "runs/again/checkpoints"))
+    path = f"{commit.read_commit(checkpoints, 6).folder}/{commit.rank_file_name(1)}"
+    content = bytearray(checkpoints.read_bytes(path))
+    content[-5] ^= 1
+    checkpoints.write_bytes(path, bytes(content))
+    said = telar(project, "submit", "--resume", "again", "--set", "train.steps=7", "--stage", "train", "--wait").stdout
+    assert path in said and "falling back to the commit before step 6" in said
+    assert commit.committed_steps(checkpoints) == [3, 6, 7]
+    redone = [record for record in metrics(project, "again") if record["attempt"] > 1]
+    assert [record["step"] for record in redone] == [4, 5, 6, 7]
+    assert [record["loss"] for record in redone[:3]] == [record["loss"] for record in metrics(project, undisturbed)[3:]]
+
+
 @pytest.mark.slow
 def test_a_finished_run_resumed_with_more_steps_equals_one_long_run(project, undisturbed):
     submit(project, "short", "--set", "train.steps=3", "--stage", "prepare")
@@ -198,6 +213,37 @@ def test_a_stop_commits_and_the_run_goes_on_from_there(project, undisturbed):
     assert commit.committed_steps(Storage(str(project / "runs/halted/checkpoints")))[-1] == step
     telar(project, "submit", "--resume", "halted", "--set", f"train.steps={step + 2}", "--stage", "train", "--wait")
     assert [record["step"] for record in metrics(project, "halted")] == list(range(1, step + 3))
+
+
+def latest_commit(project, name):
+    return commit.committed_steps(Storage(str(project / "runs" / name / "checkpoints")))[-1]
+
+
+def test_stopping_now_still_commits_when_the_entrypoint_gets_sigterm(project, undisturbed):
+    telar(project, "submit", "tiny.yaml", "--set", "run.name=hurried", "--set", "train.steps=100000")
+    wait_for(lambda: step_of(project, "hurried") >= 4, "step 4")
+    telar(project, "stop", "hurried", "--now")
+    status = json.loads((project / "runs/hurried/status.json").read_text())
+    assert status["state"] == "stopped" and latest_commit(project, "hurried") == status["step"]
+
+
+def test_a_run_goes_on_without_its_entrypoint_and_can_be_stopped(project, undisturbed):
+    telar(project, "submit", "tiny.yaml", "--set", "run.name=headless", "--set", "train.steps=100000")
+    wait_for(lambda: step_of(project, "headless") >= 2, "step 2")
+    entrypoints = [
+        process
+        for process in psutil.process_iter(["cmdline"])
+        if {"jobs.run", str(project / "runs/headless")} <= set(process.info["cmdline"] or [])
+    ]
+    assert entrypoints
+    for process in entrypoints:
+        process.kill()
+    step = step_of(project, "headless")
+    wait_for(lambda: step_of(project, "headless") > step + 2, "more steps")
+    assert "is going on" in telar(project, "submit", "--resume", "headless", check=2).stderr
+    telar(project, "stop", "headless")
+    status = json.loads((project / "runs/headless/status.json").read_text())
+    assert status["state"] == "stopped" and latest_commit(project, "headless") == status["step"]
 
 
 def test_a_killed_rank_is_replaced_from_the_last_commit(project, undisturbed):

@@ -48,8 +48,15 @@ def follow_job(jobs: Jobs, place: RunPlace, job_id: str, write: Callable[[str], 
 
 def job_logs(place: RunPlace, address: str | None, follow: bool, write: Callable[[str], None]) -> int:
     """Print what the run's newest job has printed, and follow it if asked to."""
-    jobs = connect_to_run(place, address)
-    details = _job_of(jobs, place)
+    try:
+        jobs = connect_to_run(place, address)
+        details = _job_of(jobs, place)
+    except TelarError:
+        # The cluster is gone, or has forgotten the job; storage keeps what the run said.
+        if state_of(place.status()) not in TERMINAL or not place.storage.exists(f"{place.name}/logs/job.log"):
+            raise
+        write(place.storage.read_text(f"{place.name}/logs/job.log"))
+        return 0
     if follow:
         return follow_job(jobs, place, details.submission_id, write)
     write(jobs.logs(details.submission_id))
@@ -197,9 +204,24 @@ def stop(place: RunPlace, address: str | None, now: bool, timeout_seconds: float
                     f"run {place.name} did not stop within {timeout_seconds:.0f} s; wait longer with --timeout, or "
                     f"end it without a checkpoint: telar stop {place.name} --now"
                 ) from error
+    elif state_of(place.status()) not in (*TERMINAL, "silent", "submitted"):
+        # The job was killed and its controller goes on: it hears the request in storage.
+        place.storage.write_text(f"{place.name}/{STOP_REQUEST}", "telar stop")
+        say(f"the job of run {place.name} is gone; asked its controller to commit a checkpoint and stop")
+        _wait_for_controller(place, timeout_seconds)
     record(place.storage, place.name, details)
     state = state_of(place.status())
     return state if state in TERMINAL else "stopped" if details.status.value == "STOPPED" else "failed"
+
+
+def _wait_for_controller(place: RunPlace, timeout_seconds: float) -> None:
+    deadline = time.monotonic() + timeout_seconds
+    while state_of(place.status()) not in (*TERMINAL, "silent"):
+        if time.monotonic() > deadline:
+            raise TelarError(
+                f"run {place.name} did not stop within {timeout_seconds:.0f} s; wait longer with --timeout"
+            )
+        time.sleep(POLL_SECONDS)
 
 
 def sparkline(values: list[float], width: int) -> str:

@@ -8,6 +8,7 @@ import json
 import os
 import secrets
 import shlex
+import shutil
 import sys
 import time
 import uuid
@@ -78,6 +79,7 @@ class Submitted:
     def as_text(self) -> str:
         """For people: what was submitted, where to look and what to type next."""
         address, run = self.jobs.address, shlex.quote(_shortest_name(self.place))
+        telar = command_name()
         login = ""
         if address.embedded:
             login = f"  (asks for a token, or set cookie {COOKIE}: cat {shlex.quote(str(token_path()))})"
@@ -87,7 +89,7 @@ class Submitted:
             f"job        {self.job_id}\n"
             f"dashboard  {address.url}/#/jobs/{self.job_id}{login}\n"
             f"the same with Ray's own command line:\n  {self.ray_command}\n"
-            f"next:\n  telar watch {run}\n  telar logs -f {run}\n  telar stop {run}"
+            f"next:\n  {telar} watch {run}\n  {telar} logs -f {run}\n  {telar} stop {run}"
         )
 
 
@@ -101,6 +103,7 @@ def submit(request: Request, say: Callable[[str], None]) -> Submitted:
     probe_storage(place.storage)
     cluster = None
     if given is None:
+        check_embedded_capacity(config)
         cluster = local.start(config.cluster)
         if cluster.started_by_us:
             say(f"started the embedded cluster: {cluster.dashboard_url}, {cluster.logical_cpus} logical CPUs")
@@ -200,6 +203,16 @@ def _refuse_running(jobs: Jobs, place: RunPlace) -> None:
         )
 
 
+def check_embedded_capacity(config: RunConfig) -> None:
+    """Raise ConfigError when an embedded cluster of `cluster.local_cpus` could not hold the ranks."""
+    ranks, each, have = config.parallelism.data, config.cluster.cpus_per_rank, config.cluster.local_cpus
+    if config.cluster.device == "cpu" and ranks * each > have:
+        raise ConfigError(
+            f"cluster.local_cpus: {ranks} ranks x {each} CPUs need {ranks * each} logical CPUs, the embedded cluster "
+            f"has {have}; set cluster.local_cpus to {ranks * each} or parallelism.data to {max(1, have // each)}"
+        )
+
+
 def probe_storage(storage: Storage) -> None:
     """Write and remove a small object; raises StorageError naming run.storage and the path when that fails."""
     name = f"telar-probe-{uuid.uuid4().hex}"
@@ -220,7 +233,8 @@ def probe_storage(storage: Storage) -> None:
 def _written(place: RunPlace, config: RunConfig, resumed: bool) -> Iterator[None]:
     """Write the run's config.yaml; put everything back as it was when the block fails.
 
-    A resumed run loses its old status and stop request: nobody shall take its last job's outcome for this one's.
+    A resumed run loses its old status, job record and stop request: nobody shall take its last job's outcome for the
+    new one's.
     """
     storage, path = place.storage, f"{place.name}/config.yaml"
     if not resumed:
@@ -235,12 +249,12 @@ def _written(place: RunPlace, config: RunConfig, resumed: bool) -> Iterator[None
             raise
         return
     kept = {path: storage.read_text(path)}
-    status = f"{place.name}/status.json"
-    if storage.exists(status):
-        kept[status] = storage.read_text(status)
+    outcome = [f"{place.name}/status.json", f"{place.name}/job.json"]
+    kept.update({name: storage.read_text(name) for name in outcome if storage.exists(name)})
     try:
         storage.remove(f"{place.name}/{STOP_REQUEST}")
-        storage.remove(status)
+        for name in outcome:
+            storage.remove(name)
         storage.write_text(path, to_yaml(config))
         yield
     except BaseException:
@@ -280,6 +294,14 @@ def _ray_command(jobs: Jobs, entrypoint: str, environment: dict, metadata: dict[
     words += ["--runtime-env-json", shlex.quote(json.dumps({"env_vars": environment["env_vars"]}))]
     words += ["--metadata-json", shlex.quote(json.dumps(metadata)), "--", entrypoint]
     return " ".join(words)
+
+
+def command_name() -> str:
+    """How this `telar` is typed in the current folder: its name where PATH has it, else its path."""
+    if shutil.which("telar"):
+        return "telar"
+    path = Path(sys.executable).with_name("telar")
+    return shlex.quote(str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path))
 
 
 def _shortest_name(place: RunPlace) -> str:
