@@ -16,7 +16,7 @@ from data.batches import collate
 from data.manifest import Manifest
 from data.packing import Pair, cut_pairs, fit_source
 from data.shards import Samples
-from data.tokenizer import Tokenizer
+from data.tokenizer import Tokenizer, read_tokenizer
 from jobs.batches import to_model
 from jobs.evaluator import Evaluator
 from jobs.tasks.base import Generate, LogLikelihood, Request
@@ -46,7 +46,7 @@ def load_evaluator(task: EvaluatorTask) -> Evaluator:
     torch.set_num_threads(1)
     storage = Storage(task.storage_url)
     manifest = Manifest.read(storage, task.data_folder)
-    tokenizer = Tokenizer.load(storage.read_bytes(manifest.tokenizer_path), manifest.tokenizer_path)
+    tokenizer = read_tokenizer(storage, manifest)
     folder = storage.child(task.run)
     checkpoints = folder.child("checkpoints")
     model = build_model(task.config.model, manifest.vocabulary_size, task.config.run.seed)

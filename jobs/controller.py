@@ -22,10 +22,9 @@ from cluster.storage import Storage
 from configs.errors import RunStopped, StorageError, TelarError
 from configs.load import parse_config
 from configs.schema import RunConfig
-from jobs.ledger import Ledger
+from jobs.ledger import STOP_REQUEST, Ledger
 from jobs.stages import Stages
 
-STOP_REQUEST = "stop-requested"
 HEARTBEAT_SECONDS = 1.0
 # Object stores are asked less often: each heartbeat is two requests.
 REMOTE_HEARTBEAT_SECONDS = 5.0

@@ -15,6 +15,9 @@ from cluster.storage import SpooledText, Storage
 from configs.errors import StorageError
 from configs.schema import RunConfig
 
+# An object of this name in the run's folder asks the controller to commit and stop.
+STOP_REQUEST = "stop-requested"
+
 
 class Ledger:
     """Everything that is written about one run while it goes on; methods may be called from any thread."""

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from cluster import commit
-from cluster.storage import Storage
+from cluster.storage import Storage, absolute_url
 from configs.errors import ConfigError, TelarError
 from configs.load import load_config, to_yaml
 from configs.schema import RunConfig
@@ -164,6 +164,20 @@ def _drain(outbox: Any, ledger: Ledger, wait_seconds: float = 0.0) -> None:
             ledger.record_rank_file(*payload)
 
 
+def absolute(config: RunConfig, run: str, storage: Storage, folder: Path) -> RunConfig:
+    """The configuration with name and storage filled in and corpus paths, relative to `folder`, made absolute."""
+    corpora = tuple(
+        corpus.model_copy(update={"path": absolute_url(corpus.path, base=str(folder))})
+        for corpus in config.data.corpora
+    )
+    return config.model_copy(
+        update={
+            "run": config.run.model_copy(update={"name": run, "storage": storage.url}),
+            "data": config.data.model_copy(update={"corpora": corpora}),
+        }
+    )
+
+
 def main() -> int:
     """Parse, prepare, train."""
     parser = argparse.ArgumentParser(prog="python -m jobs.train_local", description=__doc__)
@@ -174,6 +188,9 @@ def main() -> int:
     config = load_config(arguments.config, arguments.overrides)
     storage = Storage(config.run.storage)
     run = config.run.name or f"{Path(arguments.config).stem}-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}"
+    config = absolute(config, run, storage, Path(arguments.config).absolute().parent)
+    if run == "data":
+        raise ConfigError("run.name: 'data' is where prepared data lies in every storage; choose another name")
     if storage.exists(f"{run}/config.yaml") and not arguments.resume:
         raise ConfigError(f"run.name: {run!r} exists in {storage.url}; choose another name or pass --resume")
     storage.write_text(f"{run}/config.yaml", to_yaml(config))

@@ -46,7 +46,7 @@ class TrainStage:
     def run(self) -> None:
         """Train to the last step; raises RunStopped after a requested stop, AttemptFailed when restarts are used up."""
         resources = rank_resources(self._config, ray.cluster_resources())
-        operators = self._build_operators()
+        operators = self._build_operators(resources)
         restarts = 0
         while True:
             try:
@@ -81,9 +81,10 @@ class TrainStage:
         for worker in self._workers:
             worker.request_stop.remote()
 
-    def _build_operators(self) -> str:
+    def _build_operators(self, resources: RankResources) -> str:
         """Build DeepSpeed's JIT operators once on each node, before any worker starts."""
-        build = ray.remote(num_cpus=0, max_retries=0)(prepare_operators)
+        environment = {} if resources.gpus else {"DS_ACCELERATOR": "cpu"}
+        build = ray.remote(num_cpus=0, max_retries=0, runtime_env={"env_vars": environment})(prepare_operators)
         nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
         strategies = [NodeAffinitySchedulingStrategy(node, soft=False) for node in nodes]
         outcomes = ray.get([build.options(scheduling_strategy=strategy).remote() for strategy in strategies])

@@ -11,7 +11,7 @@ from configs.schema import RunConfig
 from data.loader import consumed_pairs
 from data.manifest import Manifest
 from data.shard_server import plain_opener
-from data.tokenizer import Tokenizer
+from data.tokenizer import read_tokenizer
 from jobs.ngrams import count
 from jobs.tasks.base import TrainingFacts
 
@@ -23,7 +23,7 @@ def training_facts(config: RunConfig, storage: Storage, manifest: Manifest, step
 
     A target is kept as often as it was trained on; of one that was cut in pieces only the last piece is.
     """
-    tokenizer = Tokenizer.load(storage.read_bytes(manifest.tokenizer_path), manifest.tokenizer_path)
+    tokenizer = read_tokenizer(storage, manifest)
     kept: dict[str, list[np.ndarray]] = {c.name: [] for c in config.data.corpora if c.task == "summary"}
 
     def labels() -> Iterator[np.ndarray]:

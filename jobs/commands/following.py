@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from cluster.storage import Storage
 from configs.errors import ConfigError, TelarError, UnreachableError
 from jobs.commands.addresses import connect_to_run
-from jobs.commands.runs import STOP_REQUEST, TERMINAL, RunPlace, state_of, summary
+from jobs.commands.runs import TERMINAL, RunPlace, state_of, summary
+from jobs.ledger import STOP_REQUEST
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails

@@ -18,7 +18,6 @@ from configs.schema import RunConfig
 
 TERMINAL = {"finished": 0, "failed": 1, "stopped": 3}
 LEASE_SECONDS = 20.0
-STOP_REQUEST = "stop-requested"
 METRICS_TAIL_BYTES = 256 * 1024
 
 

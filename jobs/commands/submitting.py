@@ -30,7 +30,8 @@ from configs.errors import ConfigError, StorageError
 from configs.load import apply_overrides, changed_fields, config_digest, load_config, parse_config, to_yaml
 from configs.schema import RunConfig
 from jobs.commands.addresses import given_address
-from jobs.commands.runs import STOP_REQUEST, TERMINAL, RunPlace, locate, state_of, storage_for
+from jobs.commands.runs import TERMINAL, RunPlace, locate, state_of, storage_for
+from jobs.ledger import STOP_REQUEST
 
 if TYPE_CHECKING:
     from jobs.submit import Jobs
