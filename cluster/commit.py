@@ -100,9 +100,10 @@ def commit(
     checkpoints.write_bytes(f"{folder}/MANIFEST.json", text)
     digest = xxhash.xxh3_128_hexdigest(text)
     marker = {"attempt": attempt, "digest": digest}
-    if not _is_valid(checkpoints, step):
-        # A damaged COMMIT says nothing; it must not keep the step from being committed anew.
-        checkpoints.remove(f"{step_folder(step)}/COMMIT")
+    if checkpoints.exists(f"{step_folder(step)}/COMMIT") and not _is_valid(checkpoints, step):
+        # A damaged COMMIT says nothing; it must not keep the step from being committed anew. An absent one is left to
+        # `create` alone: removing here could take away what another attempt commits at this very moment.
+        withdraw(checkpoints, step)
     if not checkpoints.create(f"{step_folder(step)}/COMMIT", json.dumps(marker).encode()):
         raise CheckpointError(f"step {step} was committed by another attempt; this one's files are not used")
     return Committed(step, attempt, folder, manifest, digest)

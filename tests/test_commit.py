@@ -55,6 +55,29 @@ def test_a_second_attempt_cannot_replace_a_commit(checkpoints):
     assert commit.read_commit(checkpoints, 20).attempt == 2
 
 
+def test_a_damaged_commit_is_replaced_by_the_next_attempt(checkpoints):
+    commit.commit(checkpoints, 20, 1, write_ranks(checkpoints, 20, 1), 2, {})
+    checkpoints.write_bytes(f"{commit.step_folder(20)}/COMMIT", b"{")
+    commit.commit(checkpoints, 20, 2, write_ranks(checkpoints, 20, 2), 2, {})
+    assert commit.read_commit(checkpoints, 20).attempt == 2
+
+
+def test_a_commit_that_appears_meanwhile_is_not_taken_away(checkpoints, monkeypatch):
+    late = write_ranks(checkpoints, 20, 1)
+    look = Storage.exists
+
+    def other_attempt_commits_after_the_look(storage, path=""):
+        found = look(storage, path)
+        monkeypatch.undo()
+        commit.commit(checkpoints, 20, 2, write_ranks(checkpoints, 20, 2), 2, {})
+        return found
+
+    monkeypatch.setattr(Storage, "exists", other_attempt_commits_after_the_look)
+    with pytest.raises(CheckpointError, match="another attempt"):
+        commit.commit(checkpoints, 20, 1, late, 2, {})
+    assert commit.read_commit(checkpoints, 20).attempt == 2
+
+
 @pytest.mark.parametrize("damaged", ["COMMIT", "attempt-001/MANIFEST.json"])
 def test_damage_is_passed_over_and_named(checkpoints, damaged):
     for step in (20, 40):

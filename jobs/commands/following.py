@@ -203,7 +203,7 @@ def stop(place: RunPlace, address: str | None, now: bool, timeout_seconds: float
                     raise
                 raise TelarError(
                     f"run {place.name} did not stop within {timeout_seconds:.0f} s; wait longer with --timeout, or "
-                    f"end it without a checkpoint: telar stop {place.name} --now"
+                    f"end it through Ray, with or without a checkpoint: telar stop {place.name} --now"
                 ) from error
     elif state_of(place.status()) not in (*TERMINAL, "silent", "submitted"):
         # The job was killed and its controller goes on: it hears the request in storage.
