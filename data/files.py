@@ -63,8 +63,8 @@ def list_files(corpus: CorpusSection) -> list[SourceFile]:
     if corpus.held_out is None:
         return files
     kept = [replace(file, held_out=True) for file in _list(corpus, "held_out", corpus.held_out)]
-    names = {file.urls for file in kept}
-    training = [file for file in files if file.urls not in names]
+    names = {(file.urls, file.relative) for file in kept}
+    training = [file for file in files if (file.urls, file.relative) not in names]
     if not training:
         raise DataError(
             f"{where(corpus, 'held_out')}: {corpus.held_out} holds all files of {corpus.path}, none is left to train "

@@ -48,14 +48,15 @@ def tables(corpus: CorpusSection, name: str, split: str) -> Iterator[pa.Table]:
 
 
 def _on_hub(corpus: CorpusSection, field: str) -> tuple[str, str]:
-    import httpx
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
+    # Base of the errors of the HTTP library, which is another one from version to version of huggingface_hub.
+    (http_error, *_) = HfHubHTTPError.__bases__
     name, _, revision = corpus.path.removeprefix(HUB).partition("@")
     try:
         commit = huggingface_hub.HfApi().dataset_info(name, revision=revision or None).sha
-    except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, httpx.HTTPError, OSError) as error:
+    except (HFValidationError, OfflineModeIsEnabled, http_error, OSError) as error:
         raise DataError(
             f"{field}: the Hugging Face Hub gives no data set {name!r} ({type(error).__name__}: {_first_line(error)}); "
             "correct the name, set HF_TOKEN for one that is not public, or download it and name the local folder"

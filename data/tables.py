@@ -13,6 +13,7 @@ from configs.errors import DataError
 from data.json_source import as_text
 
 BATCH_ROWS = 256
+READ_BYTES = 1 << 20
 MOST_FIELD_CHARACTERS = 64 * 2**20
 ARROW_FILE_MAGIC = b"ARROW1"
 
@@ -57,9 +58,10 @@ def delimited(
 
 
 def parquet_tables(stream: IO[bytes], origin: str) -> Iterator[pa.Table]:
-    """Small tables of a Parquet file, read a row group's pages at a time; raises DataError for another file."""
+    """Small tables of a Parquet file, read READ_BYTES of a column at a time; raises DataError for another file."""
     try:
-        file = pq.ParquetFile(stream)
+        # By default iter_batches reads all row groups ahead, that is the whole file.
+        file = pq.ParquetFile(stream, pre_buffer=False, buffer_size=READ_BYTES)
         columns = [field.name for field in file.schema_arrow if not _is_binary(field.type)]
         for batch in file.iter_batches(BATCH_ROWS, columns=columns):
             yield pa.Table.from_batches([batch])

@@ -26,8 +26,8 @@ CORPORA = """
 - {name: bold, kind: json, path: bold, records: "*.*", source: "{key}", target: "{text}"}
 - {name: classic-books-en, kind: parquet, path: classic-books-en, target: "{text}", continuation: true}
 - {name: crows-pairs, kind: csv, path: crows-pairs, source: "{bias_type}: {sent_more}", target: "{sent_less}"}
-- {name: dialogsum-eval, kind: jsonl, path: dialogsum-eval/dev.jsonl.gz, held_out: dialogsum-eval/test.jsonl.gz,
-   source: "{dialogue}", target: "{fname}"}
+- {name: dialogsum-dev, kind: jsonl, path: dialogsum-eval/dev*, source: "{dialogue}", target: "{summary}"}
+- {name: dialogsum-test, kind: jsonl, path: dialogsum-eval/test*, source: "{dialogue}", target: "{summary1}"}
 - {name: esbbq, kind: csv, path: esbbq, source: "{context} {question}", target: "{answer_info.ans0}"}
 - {name: halueval-qa, kind: jsonl, path: halueval/qa*.gz, source: "{knowledge} {question}", target: "{right_answer}"}
 - {name: halueval-general, kind: jsonl, path: halueval/general*, source: "{user_query}", target: "{chatgpt_response}"}
