@@ -8,16 +8,19 @@ from __future__ import annotations
 import io
 import json
 from collections import Counter, defaultdict
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
+import numpy as np
 import pyarrow as pa
 
 from cluster.storage import Storage
 from configs.errors import DataError
 from configs.schema import CorpusSection
+from data.files import SourceFile
 from data.held_out import is_held_out_record, record_row, write_records
 from data.manifest import ShardInfo
-from data.sources import KNOWN_FIELDS, SourceFile, read_records
+from data.sources import known_fields, read_records
 from data.templates import PairTemplate, where
 
 CHUNK_CHARACTERS = 64 * 2**20
@@ -26,27 +29,27 @@ TEXTS = pa.schema([pa.field("source", pa.large_string(), False), pa.field("targe
 
 @dataclass(frozen=True)
 class ExtractTask:
-    """Some files of one or more corpora that share kind, path and exclude."""
+    """Some files of one or more corpora that share their records; files say whether they are held out whole."""
 
     storage_url: str
     folder: str
     part: int
     corpora: tuple[CorpusSection, ...]
     files: tuple[SourceFile, ...]
-    held_out: frozenset[str]
-    # Share of records held out by their own hash; used where a corpus is one file.
+    # Share of records held out by their own hash or that of `held_out_key`; 0 where files decide.
     record_fraction: float
     source_tokens: int
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """One file of rendered training texts of one corpus."""
+    """One file of rendered training texts of one corpus; `drops` are files of row numbers that are to be left out."""
 
     corpus: str
     path: str
     records: int
     characters: int
+    drops: tuple[str, ...] = ()
 
 
 @dataclass
@@ -66,7 +69,7 @@ class Extracted:
         """Inverse of `to_json`."""
         body = json.loads(text)
         held_out = {name: ShardInfo(**info) for name, info in body["held_out"].items()}
-        return cls([Chunk(**chunk) for chunk in body["chunks"]], held_out, body["counts"])
+        return cls([Chunk(**{**chunk, "drops": ()}) for chunk in body["chunks"]], held_out, body["counts"])
 
 
 def extract(task: ExtractTask) -> Extracted:
@@ -84,17 +87,21 @@ def extract(task: ExtractTask) -> Extracted:
     counts = {corpus.name: Counter() for corpus in task.corpora}
     shared: Counter[str] = Counter()
     reader = task.corpora[0]
+    fields, key = known_fields(reader), reader.held_out_key
     for file in task.files:
         shared["files"] += 1
-        file_is_held_out = file.relative in task.held_out
         for number, record in enumerate(read_records(reader, file, shared), 1):
-            keep = file_is_held_out or (task.record_fraction > 0 and is_held_out_record(record, task.record_fraction))
+            if key is not None and key not in record:
+                raise _lacks_key(reader, record, f"{file.url} (record {number})")
+            keep = file.held_out or is_held_out_record(record, task.record_fraction, key)
             for name, template in templates.items():
-                if reader.kind not in KNOWN_FIELDS:
+                if fields is None:
                     template.check(record.keys(), f"{file.url} (record {number})")
                 pair = template.render(record)
                 if pair is None:
                     counts[name]["records with an empty source or target"] += 1
+                elif (refusal := template.refusal(*pair)) is not None:
+                    counts[name][refusal] += 1
                 elif keep:
                     held_out[name].append(record_row(*pair, record))
                 else:
@@ -143,16 +150,31 @@ class _ChunkWriter:
 
 
 def read_chunk(storage: Storage, chunk: Chunk) -> tuple[list[str], list[str]]:
-    """Sources and targets of a chunk; `storage` is the data folder's."""
+    """Sources and targets of a chunk without what is dropped; `storage` is the data folder's."""
     table = pa.ipc.open_file(io.BytesIO(storage.read_bytes(chunk.path))).read_all()
+    if chunk.drops:
+        keep = np.ones(table.num_rows, dtype=bool)
+        for path in chunk.drops:
+            keep[np.frombuffer(storage.read_bytes(path), dtype=np.int64)] = False
+        table = table.filter(pa.array(keep))
     return table["source"].to_pylist(), table["target"].to_pylist()
 
 
 def check_known_fields(corpus: CorpusSection, source_tokens: int) -> None:
     """Raise DataError when a template is wrong for every record that the corpus's kind can give."""
     template = PairTemplate(corpus, source_tokens)
-    if corpus.kind in KNOWN_FIELDS:
-        template.check(KNOWN_FIELDS[corpus.kind], f"kind {corpus.kind!r}")
+    fields = known_fields(corpus)
+    if fields is not None:
+        template.check(fields, f"kind {corpus.kind!r}")
+        if corpus.held_out_key is not None and corpus.held_out_key not in fields:
+            raise _lacks_key(corpus, fields, f"kind {corpus.kind!r}")
+
+
+def _lacks_key(corpus: CorpusSection, fields: Iterable[str], origin: str) -> DataError:
+    return DataError(
+        f"{where(corpus, 'held_out_key')}: records of {origin} have no field {corpus.held_out_key!r}; fields there: "
+        f"{', '.join(sorted(fields))}"
+    )
 
 
 def check_not_empty(corpus: CorpusSection, counts: Counter[str], training_records: int) -> None:
@@ -161,8 +183,8 @@ def check_not_empty(corpus: CorpusSection, counts: Counter[str], training_record
         return
     if counts["records held out"]:
         raise DataError(
-            f"{where(corpus, 'path')}: all {counts['records held out']} records of {corpus.path} are held out; lower "
-            "data.held_out_fraction or add files"
+            f"{where(corpus, 'path')}: all {counts['records held out']} usable records of {corpus.path} are held out "
+            "or equal to one that is; lower data.held_out_fraction or add files"
         )
     reasons = ", ".join(f"{reason}: {number}" for reason, number in sorted(counts.items()) if number)
     raise DataError(

@@ -1,7 +1,8 @@
 """Held-out records: which ones they are, and reading them back for evaluation.
 
 Whole files are held out, by a hash of their path, so that neighbouring text never stands on both sides; a corpus of
-one file is split by a hash of each record's content, so that equal records never do.
+one file is split by a hash of each record's content, so that equal records never do. `held_out_key` has the hash of
+one field decide instead, and `held_out` names files of held-out records.
 """
 
 from __future__ import annotations
@@ -55,9 +56,11 @@ def held_out_files(paths: Sequence[str], fraction: float) -> frozenset[str]:
     return frozenset(by_hash[: min(max(count, 1), len(paths) - 1)])
 
 
-def is_held_out_record(record: Mapping[str, str], fraction: float) -> bool:
-    """Whether a record of a one-file corpus is kept for evaluation; equal records agree."""
-    return share_of(json.dumps(record, sort_keys=True)) < fraction
+def is_held_out_record(record: Mapping[str, str], fraction: float, key: str | None) -> bool:
+    """Whether a record is kept for evaluation by a hash of its field `key` (None: of all fields); equal ones agree."""
+    if fraction == 0.0:
+        return False
+    return share_of(json.dumps(record, sort_keys=True) if key is None else record[key]) < fraction
 
 
 def record_row(source: str, target: str, fields: Mapping[str, str]) -> dict[str, str]:

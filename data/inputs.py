@@ -11,15 +11,19 @@ import xxhash
 from configs.errors import DataError
 from configs.schema import CorpusSection, RunConfig
 from data.extract import check_known_fields
+from data.files import SourceFile, list_files
 from data.manifest import FORMAT_VERSION
-from data.sources import SourceFile, has_content, list_files
+from data.sources import has_content
 from data.templates import where
 from data.tokenizer import Tokenizer
 
 # Fields that decide how data is served, not what it is.
 OPERATIONAL = {"cache_bytes", "prepare_tasks", "lanes", "window_blocks"}
 
-Group = tuple[str, str, tuple[str, ...]]
+# Fields that decide which records there are and which of them are held out; templates and weights do not.
+READING = ("kind", "path", "exclude", "columns", "quotes", "records", "subset", "split", "held_out", "held_out_key")
+
+Group = tuple
 
 
 def data_digest(config: RunConfig) -> str:
@@ -32,7 +36,7 @@ def data_digest(config: RunConfig) -> str:
 
 def group_of(corpus: CorpusSection) -> Group:
     """What decides which files are read and how; corpora of one group share their records."""
-    return corpus.kind, corpus.path, corpus.exclude
+    return tuple(getattr(corpus, field) for field in READING)
 
 
 def list_inputs(config: RunConfig) -> dict[Group, list[SourceFile]]:
@@ -49,8 +53,10 @@ def digest_of(config: RunConfig, inputs: dict[Group, list[SourceFile]]) -> str:
     """The digest of `config`'s data whose files are `inputs`; see `data_digest`."""
     section = config.data.model_dump(mode="json", exclude=OPERATIONAL)
     for corpus, dumped in zip(config.data.corpora, section["corpora"], strict=True):
-        del dumped["path"]
-        dumped["files"] = [(file.relative, file.bytes, file.version) for file in inputs[group_of(corpus)]]
+        del dumped["path"], dumped["held_out"]
+        dumped["files"] = [
+            (file.relative, file.bytes, file.version, file.held_out) for file in inputs[group_of(corpus)]
+        ]
     if config.data.tokenizer.path is not None:
         section["tokenizer"] = {"digest": xxhash.xxh3_128_hexdigest(read_given_tokenizer(config.data.tokenizer.path))}
     text = json.dumps([FORMAT_VERSION, section], sort_keys=True)
@@ -71,11 +77,15 @@ def read_given_tokenizer(path: str) -> bytes:
 def check_readable(config: RunConfig, most_bytes: int) -> None:
     """Read up to `most_bytes` of the inputs and check encodings and emptiness, before a job is started for them.
 
-    Raises DataError naming the corpus field and the file: path absent, no file matches, not UTF-8, only white space.
+    Raises DataError naming the corpus field and the file: path absent, no file matches, not UTF-8 or
+    otherwise unreadable, only white space.
     """
     left = most_bytes
-    for (kind, path, _), files in list_inputs(config).items():
-        corpus = next(corpus for corpus in config.data.corpora if (corpus.kind, corpus.path) == (kind, path))
+    for group, files in list_inputs(config).items():
+        corpus = next(corpus for corpus in config.data.corpora if group_of(corpus) == group)
+        if corpus.kind == "hf":
+            # Its size is not known before it is read, and reading may be a download.
+            continue
         blank = True
         for file in files:
             if left < file.bytes:
@@ -85,6 +95,6 @@ def check_readable(config: RunConfig, most_bytes: int) -> None:
             blank &= not has_content(corpus, file)
         if blank:
             raise DataError(
-                f"{where(corpus, 'path')}: {path} holds no text ({len(files)} files, all empty); put content there or "
-                "change the path"
+                f"{where(corpus, 'path')}: {corpus.path} holds no text ({len(files)} files, all empty); put content "
+                "there or change the path"
             )

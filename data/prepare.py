@@ -10,18 +10,20 @@ from __future__ import annotations
 import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from cluster.storage import Storage
 from configs.errors import DataError, TelarError
 from configs.schema import RunConfig
+from data.duplicates import drop_duplicates
 from data.encode import TOKENIZER, Encoded, EncodeTask, encode, train_tokenizer
 from data.extract import Chunk, Extracted, ExtractTask, check_not_empty, extract
+from data.files import SourceFile
 from data.held_out import held_out_files, read_rows, write_records
 from data.inputs import Group, data_digest, digest_of, group_of, list_inputs, read_given_tokenizer
 from data.manifest import NAME, CorpusInfo, Manifest, ShardInfo, folder_of
 from data.runners import Runner
-from data.sources import SourceFile
 from data.tokenizer import Tokenizer
 
 __all__ = ["data_digest", "prepare", "ray_tasks"]
@@ -124,10 +126,18 @@ def _prepare(
             chunks[chunk.corpus].append(chunk)
         for name, count in result.counts.items():
             counts[name].update(count)
+    inside = storage.child(folder)
+    held_out: dict[str, ShardInfo] = {}
     for corpus in config.data.corpora:
+        rows = _held_out_rows(inside, corpus.name, extracted)
+        if config.data.deduplicate:
+            rows, chunks[corpus.name], removed = drop_duplicates(
+                storage.url, folder, corpus.name, rows, chunks[corpus.name], run_tasks
+            )
+            counts[corpus.name].update(removed)
+        held_out[corpus.name] = write_records(inside, f"held_out/{corpus.name}.parquet", rows)
         check_not_empty(corpus, counts[corpus.name], sum(chunk.records for chunk in chunks[corpus.name]))
 
-    inside = storage.child(folder)
     if config.data.tokenizer.path is not None:
         inside.write_bytes(TOKENIZER, read_given_tokenizer(config.data.tokenizer.path))
     else:
@@ -167,7 +177,7 @@ def _prepare(
                 task=corpus.task,
                 pairs=sum(result.pairs for result in encoded[corpus.name]),
                 shards=tuple(shard for result in encoded[corpus.name] for shard in result.shards),
-                held_out=_merge_held_out(inside, corpus.name, extracted),
+                held_out=held_out[corpus.name],
                 counts=dict(sorted(count.items())),
             )
         )
@@ -194,8 +204,11 @@ def _extract_tasks(
 ) -> list[ExtractTask]:
     tasks: list[ExtractTask] = []
     for group, files in inputs.items():
-        fraction = config.data.held_out_fraction
-        held_out = held_out_files([file.relative for file in files], fraction)
+        corpora = tuple(corpus for corpus in config.data.corpora if group_of(corpus) == group)
+        fraction = 0.0 if corpora[0].held_out is not None else config.data.held_out_fraction
+        by_record = len(files) == 1 or corpora[0].held_out_key is not None
+        chosen = held_out_files([file.relative for file in files], 0.0 if by_record else fraction)
+        files = [replace(file, held_out=file.held_out or file.relative in chosen) for file in files]
         part_bytes = min(max(sum(file.bytes for file in files) // PARTS, LEAST_PART_BYTES), MOST_PART_BYTES)
         parts: list[list[SourceFile]] = [[]]
         taken = 0
@@ -205,7 +218,6 @@ def _extract_tasks(
                 taken = 0
             parts[-1].append(file)
             taken += file.bytes
-        corpora = tuple(corpus for corpus in config.data.corpora if group_of(corpus) == group)
         for part in parts:
             tasks.append(
                 ExtractTask(
@@ -214,8 +226,7 @@ def _extract_tasks(
                     len(tasks),
                     corpora,
                     tuple(part),
-                    held_out & {file.relative for file in part},
-                    fraction if len(files) == 1 else 0.0,
+                    fraction if by_record else 0.0,
                     config.data.source_tokens,
                 )
             )
@@ -233,9 +244,9 @@ def _tokenizer_samples(config: RunConfig, chunks: dict[str, list[Chunk]]) -> lis
     return samples
 
 
-def _merge_held_out(inside: Storage, corpus: str, extracted: list[Extracted]) -> ShardInfo:
+def _held_out_rows(inside: Storage, corpus: str, extracted: list[Extracted]) -> list[dict[str, str]]:
     rows = []
     for result in extracted:
         if corpus in result.held_out:
             rows.extend(read_rows(inside, result.held_out[corpus]))
-    return write_records(inside, f"held_out/{corpus}.parquet", rows)
+    return rows

@@ -56,6 +56,7 @@ class PairTemplate:
 
     def __init__(self, corpus: CorpusSection, source_tokens: int) -> None:
         self._continuation = corpus.continuation
+        self._lengths = (corpus.source_characters, corpus.target_characters)
         self._most_characters = CONTINUATION_CHARACTERS_PER_TOKEN * source_tokens
         self._source, self._target = Template(corpus, "source"), Template(corpus, "target")
         if not self._target.fields:
@@ -64,6 +65,15 @@ class PairTemplate:
             raise DataError(
                 f"{where(corpus, 'source')}: empty; give the encoder a template, or set continuation: true for prose"
             )
+
+    def refusal(self, source: str, target: str) -> str | None:
+        """Why the length filters leave a rendered pair out, as the manifest's counts call it; None: they do not."""
+        if self._continuation:
+            target = source + target
+        for side, text, limits in zip(("source", "target"), (source, target), self._lengths, strict=True):
+            if limits is not None and not limits[0] <= len(text) <= limits[1]:
+                return f"records with a {side} that is too {'short' if len(text) < limits[0] else 'long'}"
+        return None
 
     def check(self, available: Collection[str], origin: str) -> None:
         """Raise DataError when records with the fields `available` cannot be rendered."""

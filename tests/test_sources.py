@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from configs.errors import DataError
 from configs.schema import CorpusSection
 from data.extract import check_known_fields
-from data.sources import list_files, read_records
+from data.files import list_files
+from data.sources import read_records
 from data.templates import PairTemplate, cut_in_two
 
 

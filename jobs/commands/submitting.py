@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import getpass
-import glob
 import json
 import os
 import secrets
@@ -19,17 +18,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
-from fsspec.core import split_protocol
 
 from cluster import local
 from cluster.authentication import COOKIE, token_path
 from cluster.environment import DASHBOARD_VARIABLE, JOB_ID_VARIABLE, ROOT, runtime_env
 from cluster.inventory import check_capacity, check_storage_is_shared
-from cluster.storage import Storage, absolute_url
+from cluster.storage import Storage
 from configs.errors import ConfigError, StorageError
 from configs.load import apply_overrides, changed_fields, config_digest, load_config, parse_config, to_yaml
 from configs.schema import RunConfig
 from jobs.commands.addresses import given_address
+from jobs.commands.paths import with_absolute_paths
 from jobs.commands.runs import TERMINAL, RunPlace, locate, state_of, storage_for
 from jobs.ledger import STOP_REQUEST
 
@@ -148,28 +147,13 @@ def _fresh(request: Request) -> tuple[RunPlace, RunConfig]:
             f"`telar submit --resume {name}`"
         )
     embedded = given_address(request.address, config, request.embedded) is None
-    tree = json.loads(config.model_dump_json())
-    tree["run"].update(name=name, storage=storage.url)
-    folder = str(Path(request.config).absolute().parent)
-    for corpus in tree["data"]["corpora"]:
-        corpus["path"] = absolute_url(corpus["path"], base=folder)
-        _check_path(corpus["path"], f"data.corpora.{corpus['name']}.path", embedded)
-    tokenizer = tree["data"]["tokenizer"]
-    if tokenizer.get("path"):
-        tokenizer["path"] = absolute_url(tokenizer["path"], base=folder)
-        _check_path(tokenizer["path"], "data.tokenizer.path", embedded)
-    config = parse_config(tree, request.config)
+    run = config.run.model_copy(update={"name": name, "storage": storage.url})
+    config = with_absolute_paths(config.model_copy(update={"run": run}), request.config, check=embedded)
     if embedded:
         from data.inputs import check_readable
 
         check_readable(config, CHECKED_INPUT_BYTES)
     return RunPlace(storage, name), config
-
-
-def _check_path(path: str, where: str, embedded: bool) -> None:
-    """A local file or folder must be here; the machines of another cluster may have what this one lacks."""
-    if embedded and split_protocol(path)[0] is None and not glob.glob(path, recursive=True):  # noqa: PTH207
-        raise ConfigError(f"{where}: {path} does not exist; paths are relative to the configuration file")
 
 
 def _resumed(request: Request) -> tuple[RunPlace, RunConfig]:
