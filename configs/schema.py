@@ -5,21 +5,14 @@ Nothing here imports torch or ray; `configs.load` turns YAML and `--set` overrid
 
 from __future__ import annotations
 
-import re
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+from configs.data_section import CorpusSection, DataSection, TokenizerSection, WeightChange
+from configs.section import NAME_PATTERN, Fraction, PositiveInt, Section
 
-PositiveInt = Annotated[int, Field(gt=0)]
-Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
-
-
-class Section(BaseModel):
-    """Base of every section: immutable, strict about types, unknown keys are errors."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+__all__ = ["CorpusSection", "DataSection", "TokenizerSection", "WeightChange"]
 
 
 class RunSection(Section):
@@ -60,168 +53,6 @@ class ClusterSection(Section):
     shared_filesystem: bool = Field(
         False, description="true: file storage is one shared folder on all nodes of the cluster"
     )
-
-
-class CorpusSection(Section):
-    """One corpus: where records come from and how a record becomes a (source, target) pair.
-
-    Templates name fields of a record in braces. Fields by kind:
-    `python`: one record per function: `signature`, `body` (without docstring; signature and body compile together),
-    `name`, `words` (those of the name), `docstring`, `summary` (its first line), `text` (the docstring as prose),
-    `context` (the code of the file before it), `path`; a record whose target fields are empty is left out.
-    `text`: `text` and `path`, one record per group of whole paragraphs (about 2,000 characters).
-    `jsonl`, `json`: each object's own fields; see `records` for nested ones. A `json` file holds one document of at
-    most 256 MiB; a list at its top gives one record per entry.
-    `csv`, `tsv`: the columns of the first line, or those named in `columns`.
-    `parquet`, `arrow` (IPC file or stream): the columns; binary ones are left out.
-    `parallel`: line-aligned text files, one per column: `path: train.{column}.gz` with `columns: [en, de]`.
-    `hf`: the columns of a data set that `datasets.load_dataset` streams; `path` is hf://OWNER/NAME (@REVISION may
-    follow) on the Hugging Face Hub, or a local folder.
-    Values that are no text keep their JSON spelling; null is the empty text. Folders are searched for .py; for .txt
-    .md .rst; .jsonl .ndjson; .json; .csv; .tsv; each also with .gz; for .parquet; for .arrow .feather; names that
-    start with a dot are skipped. Files named by themselves or by a glob may have any suffix, and .gz is unpacked.
-    """
-
-    name: str = Field(description="name in manifests, metrics and tables")
-    kind: Literal["python", "text", "jsonl", "json", "csv", "tsv", "parquet", "arrow", "parallel", "hf"] = Field(
-        description="how files are read"
-    )
-    path: str = Field(
-        description="file, folder or glob, any fsspec URL; python://stdlib is the running interpreter's library"
-    )
-    exclude: tuple[str, ...] = Field((), description="glob patterns of files or folders to leave out")
-    columns: tuple[str, ...] = Field(
-        (), description="csv, tsv: names of the columns of files without a header line; parallel: one per file"
-    )
-    quotes: bool = Field(True, description='csv, tsv: false takes " as an ordinary character, not as a quote')
-    records: str = Field(
-        "",
-        description="json, jsonl: dotted path to nested records (data.paragraphs.qas; * is each entry of an object, "
-        "its name the field `key`); lists are walked through, fields of outer objects stay, plain values are `text`",
-    )
-    subset: str | None = Field(None, description="hf: name of the data set's configuration")
-    split: str = Field("train", description="hf: split to train on")
-    held_out: str | None = Field(
-        None,
-        description="records kept for evaluation come from here: a path as in `path` (those files are not trained on); "
-        "hf: a split; default: data.held_out_fraction decides",
-    )
-    held_out_key: str | None = Field(
-        None,
-        description="field whose hash decides which records are kept for evaluation, so that records that share its "
-        "value never stand on both sides; default: hash of the file's path, in a corpus of one file of the record",
-    )
-    source: str = Field("", description="template of the encoder's text; empty with `continuation: true`")
-    target: str = Field(description="template of the text to predict")
-    continuation: bool = Field(
-        False, description="true: cut the target text in two; the first part becomes the source (plain prose)"
-    )
-    source_characters: tuple[int, int] | None = Field(
-        None, description="[least, most] characters of the rendered source; records outside are left out and counted"
-    )
-    target_characters: tuple[int, int] | None = Field(
-        None,
-        description="[least, most] characters of the rendered target (with continuation: of the text before it is "
-        "cut in two); records outside are left out and counted",
-    )
-    weight: float = Field(1.0, gt=0.0, description="share of samples, relative to the other corpora")
-    task: Literal["likelihood", "summary", "completion"] = Field(
-        "likelihood", description="how held-out records are evaluated, besides their likelihood"
-    )
-
-    @model_validator(mode="after")
-    def _templates_fit(self) -> CorpusSection:
-        if not NAME_PATTERN.fullmatch(self.name):
-            raise ValueError(f"name: {self.name!r} must consist of letters, digits, '.', '_' and '-'")
-        if self.task in ("summary", "completion") and self.kind != "python":
-            raise ValueError(
-                f"task: {self.task!r} needs functions and docstrings, which only kind: python gives; "
-                "use task: likelihood"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _fields_belong_to_the_kind(self) -> CorpusSection:
-        for field, kinds in KINDS_OF_FIELD.items():
-            if self.kind not in kinds and getattr(self, field) != type(self).model_fields[field].default:
-                raise ValueError(f"{field}: only kind: {' or '.join(kinds)} has it; remove it or change kind")
-        if self.kind == "parallel":
-            for field in ("path", "held_out"):
-                if "{column}" not in (getattr(self, field) or "{column}"):
-                    raise ValueError(
-                        f"{field}: {getattr(self, field)!r} lacks {{column}}, which stands for each name of columns in "
-                        "the files' names, as in train.{column}.gz"
-                    )
-            if len(self.columns) < 2:
-                raise ValueError("columns: kind: parallel needs two names or more, one per aligned file: [en, de]")
-        if len(set(self.columns)) < len(self.columns):
-            raise ValueError(f"columns: {list(self.columns)} has a name twice; give each column its own")
-        if self.held_out is not None and self.held_out_key is not None:
-            raise ValueError("held_out_key: held_out names the records to keep already; leave one of the two out")
-        return self
-
-    @model_validator(mode="after")
-    def _lengths_are_ranges(self) -> CorpusSection:
-        for field in ("source_characters", "target_characters"):
-            least, most = getattr(self, field) or (0, 1)
-            if not 0 <= least <= most or most < 1:
-                raise ValueError(f"{field}: {[least, most]} must be [least, most] with 0 <= least <= most, most > 0")
-        if self.continuation and self.source_characters is not None:
-            raise ValueError(
-                "source_characters: with continuation: true the source is a part of the target text; use "
-                "target_characters, which then measures the whole text"
-            )
-        return self
-
-
-KINDS_OF_FIELD = {
-    "columns": ("csv", "tsv", "parallel"),
-    "quotes": ("csv", "tsv"),
-    "records": ("json", "jsonl"),
-    "subset": ("hf",),
-    "split": ("hf",),
-}
-
-
-class TokenizerSection(Section):
-    """Byte-level byte-pair tokenizer trained on a sample of the mixture, or one loaded from a file."""
-
-    path: str | None = Field(None, description="tokenizer.json to load (any fsspec URL); default: train one")
-    vocabulary_size: int = Field(2048, ge=300, le=2**31, description="entries, special tokens included")
-    sample_bytes: PositiveInt = Field(8 * 2**20, description="text that the tokenizer is trained on, bytes")
-
-
-class DataSection(Section):
-    """Corpora, tokenizer, shards and the order in which samples are served."""
-
-    corpora: tuple[CorpusSection, ...] = Field(min_length=1, description="the mixture")
-    tokenizer: TokenizerSection = Field(default_factory=TokenizerSection)
-    source_tokens: PositiveInt = Field(256, description="encoder positions in a sample, tokens")
-    target_tokens: PositiveInt = Field(128, description="decoder positions in a sample, tokens")
-    held_out_fraction: Fraction = Field(
-        0.05,
-        description="share kept for evaluation: of files by hash of path, of the records of a one-file corpus by hash "
-        "of content, of the values of held_out_key by their hash; corpora with held_out ignore it",
-    )
-    deduplicate: bool = Field(
-        False,
-        description="true: of records with equal source and target keep the first of a corpus, and none that is held "
-        "out too; counts are in the manifest",
-    )
-    shard_rows: PositiveInt = Field(8192, description="samples in a shard, at most")
-    block_rows: PositiveInt = Field(64, description="samples in a record batch, the unit of shuffled reading")
-    lanes: PositiveInt = Field(8, description="independent streams the order is made of; fixed for a run's life")
-    window_blocks: PositiveInt = Field(8, description="blocks of a lane that are shuffled together")
-    cache_bytes: PositiveInt = Field(16 * 2**30, description="disk that a node's shard cache may take, bytes")
-    prepare_tasks: PositiveInt = Field(2, description="Ray tasks that tokenize at one time")
-
-    @model_validator(mode="after")
-    def _names_differ(self) -> DataSection:
-        names = [corpus.name for corpus in self.corpora]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
-            raise ValueError(f"corpora: the name {twice[0]!r} stands twice; give each corpus its own name")
-        return self
 
 
 class ModelSection(Section):

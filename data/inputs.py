@@ -18,7 +18,10 @@ from data.templates import where
 from data.tokenizer import Tokenizer
 
 # Fields that decide how data is served, not what it is.
-OPERATIONAL = {"cache_bytes", "prepare_tasks", "lanes", "window_blocks"}
+OPERATIONAL = {
+    *("cache_bytes", "fetch_timeout_seconds", "quarantine_fraction", "prepare_tasks", "prepare_memory_bytes"),
+    *("lanes", "window_blocks", "bucket_batches", "weight_changes"),
+}
 
 # Fields that decide which records there are and which of them are held out; templates and weights do not.
 READING = ("kind", "path", "exclude", "columns", "quotes", "records", "subset", "split", "held_out", "held_out_key")
