@@ -151,31 +151,34 @@ def _best_fit_one(lengths: np.ndarray, capacity: int) -> list[list[int]]:
 
 def _best_fit_two(lengths: np.ndarray, capacity: np.ndarray) -> list[list[int]]:
     """Best-fit decreasing over `lengths` `[pairs, 2]`; ties go to the earlier pair and an open row of lower place."""
-    size = (lengths / capacity).max(axis=1)
-    smallest = lengths.min(axis=0)
+    first_capacity, second_capacity = capacity.tolist()
+    smallest_first, smallest_second = lengths.min(axis=0).tolist()
+    full = 2 * first_capacity * second_capacity
     rows: list[list[int]] = []
-    # Open rows: their free tokens `[open, 2]` and their numbers, in arrays that are compacted as rows fill up.
-    free = np.empty((len(lengths), 2), dtype=np.int64)
-    number = np.empty(len(lengths), dtype=np.int64)
+    # Open rows: their free tokens, the sum of their free shares (times both capacities, so that it is exact) and their
+    # numbers, in arrays that are compacted as rows fill up.
+    first, second, shares, number = np.empty((4, len(lengths)), dtype=np.int64)
     opened = 0
-    for pair in np.argsort(-size, kind="stable"):
-        need = lengths[pair]
-        best = -1
+    order = np.argsort(-(lengths / capacity).max(axis=1), kind="stable")
+    for pair, (need_first, need_second) in zip(order.tolist(), lengths[order].tolist(), strict=True):
+        best = opened
         if opened:
-            left = free[:opened] - need
-            room = np.where((left >= 0).all(axis=1), (left / capacity).sum(axis=1), np.inf)
-            best = int(room.argmin())
-            if not np.isfinite(room[best]):
-                best = -1
-        if best < 0:
-            best = opened
-            free[best], number[best] = capacity, len(rows)
+            fits = (first[:opened] >= need_first) & (second[:opened] >= need_second)
+            room = np.where(fits, shares[:opened], full + 1)
+            found = int(room.argmin())
+            if room[found] <= full:
+                best = found
+        if best == opened:
+            first[best], second[best], shares[best], number[best] = first_capacity, second_capacity, full, len(rows)
             rows.append([])
             opened += 1
-        free[best] -= need
-        rows[number[best]].append(int(pair))
-        if (free[best] < smallest).any():
+        first[best] -= need_first
+        second[best] -= need_second
+        shares[best] -= need_first * second_capacity + need_second * first_capacity
+        rows[number[best]].append(pair)
+        if first[best] < smallest_first or second[best] < smallest_second:
             # Nothing fits any more: the last open row takes this one's place.
             opened -= 1
-            free[best], number[best] = free[opened], number[opened]
+            for array in (first, second, shares, number):
+                array[best] = array[opened]
     return rows

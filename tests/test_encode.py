@@ -115,6 +115,9 @@ def test_shards_hold_the_pieces_of_every_text_and_nothing_else(store, tokenizer,
     pieces = sorted(expected_pieces(tokenizer, texts, form))
     assert sorted(pair for row in rows for pair in row) == pieces
     assert result.pairs == len(pieces)
+    assert result.truncated_source_tokens == sum(
+        len(tokenizer.encode(each[0])) - len(next(expected_pieces(tokenizer, [each], form))[0]) for each in texts
+    )
     assert result.cut_targets == sum(len(list(expected_pieces(tokenizer, [each], form))) > 1 for each in texts)
     assert len(result.shards) > 2 and [shard.rows for shard in result.shards[:-1]] == [20] * (len(result.shards) - 1)
     for shard in result.shards:
@@ -136,6 +139,7 @@ def test_chunked_shards_are_the_corpus_cut_every_capacity_tokens(store, tokenize
     rows = read_back(store, result.shards)
     # By hand: prompts shortened, then one token after the other, each with whether it is a label.
     expected: list[list[tuple[int, bool]]] = [[]]
+    contexts = 0
     for source, target in records():
         labels = [*tokenizer.encode(target), tokenizer.eos_id]
         room = max(CAPACITY - len(labels), CAPACITY // 2)
@@ -144,11 +148,14 @@ def test_chunked_shards_are_the_corpus_cut_every_capacity_tokens(store, tokenize
         for at, item in enumerate(stream):
             if len(expected[-1]) == CAPACITY:
                 expected.append([(stream[at - 1][0], False)] if at else [])
+                contexts += at > 0
             expected[-1].append(item)
     found = [[(t, side == 1) for pair in row for side in (0, 1) for t in pair[side]] for row in rows]
     assert sorted(found) == sorted(expected)
     assert all(len(row) == CAPACITY for row in found[:-1]) and len(found[-1]) == len(expected[-1])
     assert result.pairs == sum(map(len, rows)) and 0 < result.cut_targets < 150
+    kept = sum(not is_label for row in expected for _, is_label in row) - contexts
+    assert result.truncated_source_tokens == sum(len(tokenizer.encode(source)) for source, _ in records()) - kept > 0
 
 
 @pytest.mark.parametrize("form", FORMS, ids=named)
