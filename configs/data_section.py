@@ -58,10 +58,16 @@ class CorpusSection(Section):
         description="field whose hash decides which records are kept for evaluation, so that records that share its "
         "value never stand on both sides; default: hash of the file's path, in a corpus of one file of the record",
     )
-    source: str = Field("", description="template of the encoder's text; empty with `continuation: true`")
+    source: str = Field(
+        "",
+        description="template of the encoder's text, in layout sequence of the prompt; empty with "
+        "`continuation: true`, or where texts have no prompt",
+    )
     target: str = Field(description="template of the text to predict")
     continuation: bool = Field(
-        False, description="true: cut the target text in two; the first part becomes the source (plain prose)"
+        False,
+        description="true: plain prose; layout pairs cuts the target text in two and the first part becomes the "
+        "source, layout sequence keeps it whole as the target, with no source but that of a template",
     )
     source_characters: tuple[int, int] | None = Field(
         None, description="[least, most] characters of the rendered source; records outside are left out and counted"
@@ -208,6 +214,30 @@ class DataSection(Section):
         2**30, ge=64 * 2**20, description="memory that one preparation task may take for records and tokens, bytes"
     )
     prepare_tasks: PositiveInt = Field(2, description="Ray tasks that tokenize at one time")
+
+    @property
+    def encoder_tokens(self) -> int | None:
+        """Tokens of a sample that an encoder reads; None in layout sequence, which has no encoder."""
+        return self.source_tokens if self.layout == "pairs" else None
+
+    @model_validator(mode="after")
+    def _packing_fits_the_layout(self) -> DataSection:
+        if self.packing == "chunk" and self.layout != "sequence":
+            raise ValueError(
+                "packing: chunk cuts texts wherever a sample is full, which layout: pairs cannot do, for it keeps each "
+                "source beside its target; set data.packing to best_fit or none, or data.layout to sequence"
+            )
+        if self.bucket_batches and self.packing != "none":
+            raise ValueError(
+                f"bucket_batches: samples of packing {self.packing} are nearly full, so there are no like lengths to "
+                "bring together; set data.packing to none, or data.bucket_batches to 0"
+            )
+        if self.layout == "sequence" and self.target_tokens < 2:
+            raise ValueError(
+                "target_tokens: layout sequence needs 2 or more, one token of context and one to predict; set "
+                "data.target_tokens to 2 or more"
+            )
+        return self
 
     @model_validator(mode="after")
     def _names_differ(self) -> DataSection:

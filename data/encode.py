@@ -1,23 +1,29 @@
-"""Second half of preparation: training the tokenizer, and texts -> token pairs -> packed samples -> shards."""
+"""Second half of preparation: the tokenizer, and texts -> tokens -> rows -> shards in a stream."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 
 import numpy as np
+import pyarrow.compute as pc
 import xxhash
 
 from cluster.storage import Storage
-from data.extract import Chunk, read_chunk
+from data.extract import Chunk, open_chunk, read_chunk
 from data.manifest import ShardInfo
-from data.packing import Pair, cut_pairs, pack
+from data.packing import Pair, Row
+from data.rows import RowFormat, rows_of
 from data.shards import write_shard
 from data.tokenizer import Tokenizer
 
 TOKENIZER = "tokenizer.json"
+# Texts that are tokenized at one time: so many records, of so many bytes unless one has more.
 ENCODE_RECORDS = 4096
+ENCODE_BYTES = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -28,16 +34,14 @@ class EncodeTask:
     folder: str
     chunk: Chunk
     number: int
-    keep_head: bool
-    source_tokens: int
-    target_tokens: int
+    form: RowFormat
     shard_rows: int
     block_rows: int
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """Shards of one chunk, pairs in them, and how many sources were shortened by how many tokens."""
+    """Shards of one chunk, pairs in them, targets cut in pieces, and tokens that shortened sources lost."""
 
     shards: tuple[ShardInfo, ...]
     pairs: int
@@ -69,7 +73,10 @@ def train_tokenizer(storage_url: str, folder: str, samples: Sequence[tuple[Chunk
 
 
 def encode(task: EncodeTask) -> Encoded:
-    """Tokenize, cut, pack and write the shards of one chunk; shards that are there and match their digest stay."""
+    """Tokenize, cut, pack and write the shards of one chunk; shards that are there and match their digest stay.
+
+    Tokens in memory are at most those of one batch, one packing window and one shard.
+    """
     storage = Storage(task.storage_url).child(task.folder)
     receipt = f"work/encode-{task.chunk.corpus}-{task.number:05d}.json"
     if storage.exists(receipt):
@@ -77,34 +84,44 @@ def encode(task: EncodeTask) -> Encoded:
         if all(_is_whole(storage, shard) for shard in done.shards):
             return done
     tokenizer = Tokenizer.load(storage.read_bytes(TOKENIZER))
-    sources, targets = read_chunk(storage, task.chunk)
-    pairs: list[Pair] = []
-    cut_targets = truncated = 0
-    for start in range(0, len(sources), ENCODE_RECORDS):
-        encoded = tokenizer.encode_batch(
-            [*sources[start : start + ENCODE_RECORDS], *targets[start : start + ENCODE_RECORDS]]
-        )
-        half = len(encoded) // 2
-        for source, target in zip(encoded[:half], encoded[half:], strict=True):
-            pieces = cut_pairs(source, target, tokenizer.eos_id, task.source_tokens, task.target_tokens, task.keep_head)
-            pairs.extend(pieces)
-            cut_targets += len(pieces) > 1
-            truncated += max(0, len(source) - task.source_tokens)
-    samples = pack(
-        [len(source) for source, _ in pairs],
-        [len(labels) for _, labels in pairs],
-        task.source_tokens,
-        task.target_tokens,
-        _seed(task.chunk.path),
-    )
-    shards = []
-    for start in range(0, len(samples), task.shard_rows):
-        rows = [[pairs[i] for i in sample] for sample in samples[start : start + task.shard_rows]]
+    counts: Counter[str] = Counter()
+    texts = _tokenized(storage, task.chunk, tokenizer)
+    rows = rows_of(texts, task.form, tokenizer.eos_id, _seed(task.chunk.path), counts)
+    shards: list[ShardInfo] = []
+    for some in _groups(rows, task.shard_rows):
         path = f"shards/{task.chunk.corpus}/{task.number:05d}-{len(shards):03d}.arrow"
-        shards.append(write_shard(storage, path, rows, tokenizer.vocabulary_size, task.block_rows))
-    result = Encoded(tuple(shards), len(pairs), cut_targets, truncated)
+        shards.append(write_shard(storage, path, some, tokenizer.vocabulary_size, task.block_rows))
+        counts["pairs"] += sum(map(len, some))
+    result = Encoded(tuple(shards), counts["pairs"], counts["cut"], counts["shortened"])
     storage.write_text(receipt, json.dumps(asdict(result)))
     return result
+
+
+def _tokenized(storage: Storage, chunk: Chunk, tokenizer: Tokenizer) -> Iterator[Pair]:
+    """Source and target tokens of each record of a chunk, tokenized a batch at a time."""
+    table = open_chunk(storage, chunk)
+    sizes = pc.add(pc.binary_length(table["source"]), pc.binary_length(table["target"])).to_numpy()
+    for start, end in _ranges(sizes.tolist()):
+        columns = (table[name].slice(start, end - start).to_pylist() for name in ("source", "target"))
+        encoded = tokenizer.encode_batch([text for column in columns for text in column])
+        yield from zip(encoded[: end - start], encoded[end - start :], strict=True)
+
+
+def _ranges(sizes: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Ranges [start, end) of records within ENCODE_RECORDS and ENCODE_BYTES; a larger record stands alone."""
+    start = held = 0
+    for number, size in enumerate(sizes):
+        if number > start and (number - start == ENCODE_RECORDS or held + size > ENCODE_BYTES):
+            yield start, number
+            start, held = number, 0
+        held += size
+    if start < len(sizes):
+        yield start, len(sizes)
+
+
+def _groups(rows: Iterator[Row], size: int) -> Iterator[list[Row]]:
+    while group := list(islice(rows, size)):
+        yield group
 
 
 def _is_whole(storage: Storage, shard: ShardInfo) -> bool:

@@ -38,7 +38,8 @@ class ExtractTask:
     files: tuple[SourceFile, ...]
     # Share of records held out by their own hash or that of `held_out_key`; 0 where files decide.
     record_fraction: float
-    source_tokens: int
+    # None in layout sequence, see `PairTemplate`.
+    source_tokens: int | None
 
 
 @dataclass(frozen=True)
@@ -149,18 +150,29 @@ class _ChunkWriter:
         self._sources, self._targets, self._characters = [], [], 0
 
 
-def read_chunk(storage: Storage, chunk: Chunk) -> tuple[list[str], list[str]]:
-    """Sources and targets of a chunk without what is dropped; `storage` is the data folder's."""
-    table = pa.ipc.open_file(io.BytesIO(storage.read_bytes(chunk.path))).read_all()
+def open_chunk(storage: Storage, chunk: Chunk) -> pa.Table:
+    """Columns source and target of a chunk without what is dropped; `storage` is the data folder's.
+
+    A chunk on a local disk is memory-mapped, so that slices of the table can be read one after the other.
+    """
+    path = storage.local_path(chunk.path)
+    file = pa.memory_map(path) if path is not None else io.BytesIO(storage.read_bytes(chunk.path))
+    table = pa.ipc.open_file(file).read_all()
     if chunk.drops:
         keep = np.ones(table.num_rows, dtype=bool)
         for path in chunk.drops:
             keep[np.frombuffer(storage.read_bytes(path), dtype=np.int64)] = False
         table = table.filter(pa.array(keep))
+    return table
+
+
+def read_chunk(storage: Storage, chunk: Chunk) -> tuple[list[str], list[str]]:
+    """Sources and targets of `open_chunk`, all at once."""
+    table = open_chunk(storage, chunk)
     return table["source"].to_pylist(), table["target"].to_pylist()
 
 
-def check_known_fields(corpus: CorpusSection, source_tokens: int) -> None:
+def check_known_fields(corpus: CorpusSection, source_tokens: int | None) -> None:
     """Raise DataError when a template is wrong for every record that the corpus's kind can give."""
     template = PairTemplate(corpus, source_tokens)
     fields = known_fields(corpus)

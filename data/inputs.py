@@ -46,7 +46,7 @@ def list_inputs(config: RunConfig) -> dict[Group, list[SourceFile]]:
     """Files of each group, after a check of all templates; raises DataError naming the corpus field."""
     inputs: dict[Group, list[SourceFile]] = {}
     for corpus in config.data.corpora:
-        check_known_fields(corpus, config.data.source_tokens)
+        check_known_fields(corpus, config.data.encoder_tokens)
         if group_of(corpus) not in inputs:
             inputs[group_of(corpus)] = list_files(corpus)
     return inputs

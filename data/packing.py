@@ -1,17 +1,21 @@
-"""From tokenized records to packed samples: cutting long targets, shortening sources, best-fit packing. All pure.
+"""From tokenized texts to pairs that fit a row, and from pairs to rows: cutting, shortening, best fit. All pure.
 
-A pair is (source tokens, label tokens); a sample is one or more pairs whose sources together fit the encoder and whose
-labels together fit the decoder.
+A pair is (source tokens, label tokens), a row one or more pairs. Layout pairs: the sources of a row fit the encoder,
+its labels the decoder. Layout sequence: sources and labels of a row together fit the decoder.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from bisect import bisect_left, insort
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
 Pair = tuple[np.ndarray, np.ndarray]
-PACKING_WINDOW_PAIRS = 8192
+Row = list[Pair]
+# Pairs, or dense rows, that are held in memory and shuffled together: at most so many, of at most so many tokens.
+WINDOW_PAIRS = 8192
+WINDOW_TOKENS = 1 << 23
 
 
 def fit_source(source: np.ndarray, capacity: int, keep_head: bool = True) -> np.ndarray:
@@ -50,60 +54,131 @@ def cut_pairs(
     return pairs
 
 
-def pack(
-    source_lengths: Sequence[int],
-    target_lengths: Sequence[int],
-    source_capacity: int,
-    target_capacity: int,
-    seed: int,
-) -> list[list[int]]:
-    """Samples as lists of pair numbers; every pair stands in exactly one sample and every sample fits.
+def fit_prompt(source: np.ndarray, labels: int, capacity: int, keep_head: bool = True) -> np.ndarray:
+    """The source of a sequence of `capacity` tokens that `labels` label tokens follow, shortened by `fit_source`.
 
-    Pairs are shuffled, taken in windows of PACKING_WINDOW_PAIRS, and within a window placed largest first into the
-    open sample where least room would remain (best-fit decreasing, Ding et al. 2024, section 3, in two dimensions:
-    room is the sum of the free shares of encoder and decoder). Samples come out in shuffled order. The result depends
-    on the arguments alone.
+    It may take what the labels leave free, and half of the capacity (rounded down) where they leave less: at least
+    half stays for labels that want it, and one token always.
     """
-    lengths = np.stack([np.asarray(source_lengths), np.asarray(target_lengths)], axis=1).astype(np.int64)
-    capacity = np.array([source_capacity, target_capacity], dtype=np.int64)
-    assert (lengths <= capacity).all(), "a pair is longer than a sample"
+    return fit_source(source, max(capacity - labels, capacity // 2), keep_head)
+
+
+def cut_sequence(
+    source: np.ndarray, target: np.ndarray, eos_id: int, capacity: int, keep_head: bool = True
+) -> list[Pair]:
+    """Pairs of layout sequence, each of at most `capacity` (2 or more) tokens in all; labels joined as in `cut_pairs`.
+
+    The source stands before the first piece, shortened by `fit_prompt`. The source of each later piece is the label
+    before its own first one, a context of one token: so each label has a token that it is predicted from.
+    """
+    labels = np.append(target, eos_id).astype(np.int32)
+    source = fit_prompt(source, len(labels), capacity, keep_head)
+    first = capacity - len(source)
+    pairs = [(source, labels[:first])]
+    for start in range(first, len(labels), capacity - 1):
+        pairs.append((labels[start - 1 : start], labels[start : start + capacity - 1]))
+    return pairs
+
+
+def pair_tokens(pair: Pair) -> int:
+    """Tokens of a pair, source and labels."""
+    return len(pair[0]) + len(pair[1])
+
+
+def windows(items: Iterable, tokens: Callable[..., int]) -> Iterator[list]:
+    """Consecutive items in lists of at most WINDOW_PAIRS items and WINDOW_TOKENS tokens; a larger item stands alone."""
+    window: list = []
+    held = 0
+    for item in items:
+        size = tokens(item)
+        if window and (len(window) == WINDOW_PAIRS or held + size > WINDOW_TOKENS):
+            yield window
+            window, held = [], 0
+        window.append(item)
+        held += size
+    if window:
+        yield window
+
+
+def one_per_row(pairs: Iterable[Pair], seed: int) -> Iterator[Row]:
+    """Each pair in a row of its own, shuffled within windows."""
     generator = np.random.Generator(np.random.PCG64(seed))
-    order = generator.permutation(len(lengths))
-    samples: list[list[int]] = []
-    for start in range(0, len(order), PACKING_WINDOW_PAIRS):
-        window = order[start : start + PACKING_WINDOW_PAIRS]
-        packed = _best_fit(lengths[window], capacity)
-        samples.extend([int(window[i]) for i in sample] for sample in packed)
-    return [samples[i] for i in generator.permutation(len(samples))]
+    for window in windows(pairs, pair_tokens):
+        yield from ([window[i]] for i in generator.permutation(len(window)))
 
 
-def _best_fit(lengths: np.ndarray, capacity: np.ndarray) -> list[list[int]]:
-    """Best-fit decreasing over `lengths` `[pairs, 2]`; ties go to the earlier pair and the sample opened first."""
-    size = (lengths / capacity).max(axis=1)
-    smallest = lengths.min(axis=0)
-    samples: list[list[int]] = []
-    # Open samples: their free tokens `[open, 2]` and their numbers, in arrays that are compacted as samples fill up.
-    free = np.empty((len(lengths), 2), dtype=np.int64)
-    number = np.empty(len(lengths), dtype=np.int64)
+def best_fit(pairs: Iterable[Pair], capacities: Sequence[int], seed: int) -> Iterator[Row]:
+    """Rows that hold every pair exactly once and fit `capacities`: (encoder, decoder), or (sequence,) for their sum.
+
+    Pairs are taken in windows, and within a window placed largest first into the open row where least room would
+    remain (best-fit decreasing, Ding et al. 2024, section 3; with two capacities, room is the sum of the free shares).
+    Pairs of equal size and the rows of a window are shuffled. The result depends on the arguments alone.
+    """
+    capacity = np.asarray(capacities, dtype=np.int64)
+    generator = np.random.Generator(np.random.PCG64(seed))
+    for window in windows(pairs, pair_tokens):
+        window = [window[i] for i in generator.permutation(len(window))]
+        lengths = np.array([(len(source), len(labels)) for source, labels in window], dtype=np.int64)
+        if len(capacity) == 1:
+            lengths = lengths.sum(axis=1, keepdims=True)
+        assert (lengths <= capacity).all(), "a pair is longer than a row"
+        if len(capacity) == 1:
+            rows = _best_fit_one(lengths[:, 0], int(capacity[0]))
+        else:
+            rows = _best_fit_two(lengths, capacity)
+        for i in generator.permutation(len(rows)):
+            yield [window[pair] for pair in rows[i]]
+
+
+def _best_fit_one(lengths: np.ndarray, capacity: int) -> list[list[int]]:
+    """Best-fit decreasing over `lengths` `[pairs]`; ties go to the earlier pair and the row opened first."""
+    rows: list[list[int]] = []
+    # Open rows by free tokens, then by number: the best fit is the first with enough.
+    free: list[tuple[int, int]] = []
+    order = np.argsort(-lengths, kind="stable")
+    for pair, need in zip(order.tolist(), lengths[order].tolist(), strict=True):
+        place = bisect_left(free, (need, -1))
+        if place == len(free):
+            left, number = capacity, len(rows)
+            rows.append([])
+        else:
+            left, number = free.pop(place)
+        rows[number].append(pair)
+        if left > need:
+            insort(free, (left - need, number))
+    return rows
+
+
+def _best_fit_two(lengths: np.ndarray, capacity: np.ndarray) -> list[list[int]]:
+    """Best-fit decreasing over `lengths` `[pairs, 2]`; ties go to the earlier pair and an open row of lower place."""
+    first_capacity, second_capacity = capacity.tolist()
+    smallest_first, smallest_second = lengths.min(axis=0).tolist()
+    full = 2 * first_capacity * second_capacity
+    rows: list[list[int]] = []
+    # Open rows: their free tokens, the sum of their free shares (times both capacities, so that it is exact) and their
+    # numbers, in arrays that are compacted as rows fill up.
+    first, second, shares, number = np.empty((4, len(lengths)), dtype=np.int64)
     opened = 0
-    for pair in np.argsort(-size, kind="stable"):
-        need = lengths[pair]
-        best = -1
+    order = np.argsort(-(lengths / capacity).max(axis=1), kind="stable")
+    for pair, (need_first, need_second) in zip(order.tolist(), lengths[order].tolist(), strict=True):
+        best = opened
         if opened:
-            left = free[:opened] - need
-            room = np.where((left >= 0).all(axis=1), (left / capacity).sum(axis=1), np.inf)
-            best = int(room.argmin())
-            if not np.isfinite(room[best]):
-                best = -1
-        if best < 0:
-            best = opened
-            free[best], number[best] = capacity, len(samples)
-            samples.append([])
+            fits = (first[:opened] >= need_first) & (second[:opened] >= need_second)
+            room = np.where(fits, shares[:opened], full + 1)
+            found = int(room.argmin())
+            if room[found] <= full:
+                best = found
+        if best == opened:
+            first[best], second[best], shares[best], number[best] = first_capacity, second_capacity, full, len(rows)
+            rows.append([])
             opened += 1
-        free[best] -= need
-        samples[number[best]].append(int(pair))
-        if (free[best] < smallest).any():
-            # Nothing fits any more: the last open sample takes this one's place.
+        first[best] -= need_first
+        second[best] -= need_second
+        shares[best] -= need_first * second_capacity + need_second * first_capacity
+        rows[number[best]].append(pair)
+        if first[best] < smallest_first or second[best] < smallest_second:
+            # Nothing fits any more: the last open row takes this one's place.
             opened -= 1
-            free[best], number[best] = free[opened], number[opened]
-    return samples
+            for array in (first, second, shares, number):
+                array[best] = array[opened]
+    return rows

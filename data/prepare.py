@@ -23,6 +23,7 @@ from data.files import SourceFile
 from data.held_out import held_out_files, read_rows, write_records
 from data.inputs import Group, data_digest, digest_of, group_of, list_inputs, read_given_tokenizer
 from data.manifest import NAME, CorpusInfo, Manifest, ShardInfo, folder_of
+from data.rows import RowFormat
 from data.runners import Runner
 from data.tokenizer import Tokenizer
 
@@ -152,9 +153,13 @@ def _prepare(
             folder,
             chunk,
             number,
-            not corpus.continuation or bool(corpus.source),
-            config.data.source_tokens,
-            config.data.target_tokens,
+            RowFormat(
+                config.data.layout,
+                config.data.packing,
+                config.data.source_tokens,
+                config.data.target_tokens,
+                keep_head=not corpus.continuation or bool(corpus.source),
+            ),
             config.data.shard_rows,
             config.data.block_rows,
         )
@@ -227,7 +232,7 @@ def _extract_tasks(
                     corpora,
                     tuple(part),
                     fraction if by_record else 0.0,
-                    config.data.source_tokens,
+                    config.data.encoder_tokens,
                 )
             )
     return tasks

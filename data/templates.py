@@ -52,16 +52,22 @@ class Template:
 
 
 class PairTemplate:
-    """Source and target templates of a corpus."""
+    """Source and target templates of a corpus.
 
-    def __init__(self, corpus: CorpusSection, source_tokens: int) -> None:
+    `source_tokens` is what an encoder reads; None: there is no encoder (`data.layout: sequence`), so sources may be
+    empty and the text of a continuation is one target.
+    """
+
+    def __init__(self, corpus: CorpusSection, source_tokens: int | None) -> None:
         self._continuation = corpus.continuation
         self._lengths = (corpus.source_characters, corpus.target_characters)
-        self._most_characters = CONTINUATION_CHARACTERS_PER_TOKEN * source_tokens
+        self._needs_source = source_tokens is not None or bool(corpus.source)
+        # None: texts are not cut in two.
+        self._most_characters = CONTINUATION_CHARACTERS_PER_TOKEN * source_tokens if source_tokens else None
         self._source, self._target = Template(corpus, "source"), Template(corpus, "target")
         if not self._target.fields:
             raise DataError(f"{where(corpus, 'target')}: the template names no field, so every target would be equal")
-        if not self._continuation and not corpus.source:
+        if self._needs_source and not self._continuation and not corpus.source:
             raise DataError(
                 f"{where(corpus, 'source')}: empty; give the encoder a template, or set continuation: true for prose"
             )
@@ -81,14 +87,16 @@ class PairTemplate:
         self._target.check(available, origin)
 
     def render(self, record: Mapping[str, str]) -> tuple[str, str] | None:
-        """(source, target), or None when the target's fields, the source or the target are empty."""
+        """(source, target), or None when the target's fields, the target or a source that is needed are empty."""
         if not all(record[name].strip() for name in self._target.fields):
             return None
         source, target = self._source.render(record), self._target.render(record)
-        if self._continuation:
+        if self._continuation and self._most_characters is not None:
             first, target = cut_in_two(target, self._most_characters)
             source += first
-        return (source, target) if source.strip() and target.strip() else None
+        if self._needs_source and not source.strip():
+            return None
+        return (source, target) if target.strip() else None
 
 
 def cut_in_two(text: str, most_characters: int) -> tuple[str, str]:

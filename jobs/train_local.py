@@ -31,6 +31,7 @@ from data.prepare import prepare
 from data.runners import serial
 from jobs.ledger import Ledger
 from jobs.rank import Messages, RankReporter, RankTask, run_rank
+from jobs.trainable import check_trainable
 from model.operators import operator_environment, prepare_operators
 
 MESSAGES_AT_ONCE = 1000
@@ -186,6 +187,7 @@ def main() -> int:
     parser.add_argument("--resume", action="store_true", help="continue the run of that name from its last commit")
     arguments = parser.parse_args()
     config = load_config(arguments.config, arguments.overrides)
+    check_trainable(config)
     storage = Storage(config.run.storage)
     run = config.run.name or f"{Path(arguments.config).stem}-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}"
     config = absolute(config, run, storage, Path(arguments.config).absolute().parent)

@@ -15,7 +15,6 @@ from configs.errors import DataError
 from configs.load import parse_config
 from data.held_out import held_out_files, read_records, share_of
 from data.manifest import Manifest
-from data.packing import cut_pairs, fit_source, pack
 from data.prepare import data_digest, prepare
 from data.runners import serial
 from data.shards import ShardReader, file_digest
@@ -142,48 +141,6 @@ def test_a_tokenizer_that_cannot_be_used_is_refused(tmp_path, code):
         data_digest(make_config(code, tokenizer={"path": str(tmp_path / "t.json")}))
     with pytest.raises(DataError, match=r"data\.tokenizer\.path: .*nowhere"):
         data_digest(make_config(code, tokenizer={"path": str(tmp_path / "nowhere.json")}))
-
-
-# Packing
-
-LENGTHS = st.lists(st.tuples(st.integers(1, 20), st.integers(1, 10)), min_size=1, max_size=120)
-
-
-@settings(deadline=None, max_examples=100)
-@given(lengths=LENGTHS, seed=st.integers(0, 2**32))
-def test_packing_holds_every_pair_once_within_both_capacities(lengths, seed):
-    sources, targets = zip(*lengths, strict=True)
-    samples = pack(sources, targets, 20, 10, seed)
-    assert sorted(i for sample in samples for i in sample) == list(range(len(lengths)))
-    for sample in samples:
-        assert sum(sources[i] for i in sample) <= 20 and sum(targets[i] for i in sample) <= 10
-    assert samples == pack(sources, targets, 20, 10, seed)
-
-
-def test_packing_is_near_the_lower_bound_on_mixed_lengths():
-    generator = np.random.default_rng(0)
-    lengths = np.minimum(generator.lognormal(3.3, 0.9, size=(4000, 2)).astype(int) + 1, [256, 256])
-    samples = pack(lengths[:, 0], lengths[:, 1], 256, 256, 1)
-    assert len(samples) <= 1.12 * lengths.sum(axis=0).max() / 256
-
-
-@settings(deadline=None, max_examples=100)
-@given(source=st.integers(1, 60), target=st.integers(0, 100), capacity=st.tuples(st.integers(4, 20), st.integers(1, 9)))
-def test_cut_pairs_keep_every_target_token_once_in_order(source, target, capacity):
-    ids, labels = np.arange(100, 100 + source), np.arange(1000, 1000 + target)
-    pairs = cut_pairs(ids, labels, 2, *capacity)
-    assert np.concatenate([label for _, label in pairs]).tolist() == [*labels.tolist(), 2]
-    assert all(0 < len(one) <= capacity[0] and 0 < len(label) <= capacity[1] for one, label in pairs)
-    for _, label in pairs[:-1]:
-        assert len(label) == capacity[1]
-    for (one, label), (_, before) in zip(pairs[1:], pairs[:-1], strict=True):
-        assert (one[-1] == before[-1] and label[0] == before[-1] + 1) or label[0] == 2
-
-
-def test_a_long_source_keeps_head_and_tail():
-    assert fit_source(np.arange(10), 8).tolist() == [0, 1, 4, 5, 6, 7, 8, 9]
-    assert fit_source(np.arange(10), 8, keep_head=False).tolist() == list(range(2, 10))
-    assert fit_source(np.arange(8), 8).tolist() == list(range(8))
 
 
 # Preparation as a whole

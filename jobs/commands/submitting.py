@@ -31,6 +31,7 @@ from jobs.commands.addresses import given_address
 from jobs.commands.paths import with_absolute_paths
 from jobs.commands.runs import TERMINAL, RunPlace, locate, state_of, storage_for
 from jobs.ledger import STOP_REQUEST
+from jobs.trainable import check_trainable
 
 if TYPE_CHECKING:
     from jobs.submit import Jobs
@@ -96,6 +97,8 @@ class Submitted:
 def submit(request: Request, say: Callable[[str], None]) -> Submitted:
     """Check everything that can be checked, write RUN/config.yaml, submit; undo both when the job is not taken."""
     place, config = _resumed(request) if request.resume else _fresh(request)
+    if request.stage != "prepare":
+        check_trainable(config)
     given = given_address(request.address, config, request.embedded)
     config = config.model_copy(
         update={"cluster": config.cluster.model_copy(update={"address": given[0] if given else None})}
