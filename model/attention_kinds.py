@@ -41,12 +41,13 @@ class AttentionKind:
 
     def mask_mod(self, query_index: Tensor, key_index: Tensor) -> Tensor:
         """True where a query looks at a key of its document; int tensors that broadcast against each other."""
+        if self.name in ("full", "linear"):
+            return query_index >= key_index if self.causal else (query_index >= 0) & (key_index >= 0)
         distance = query_index - key_index
-        allowed = distance == distance
         if self.name == "window":
             allowed = (distance.abs() < self.window_tokens) | (key_index < self.global_tokens)
             allowed = allowed | (query_index < self.global_tokens)
-        elif self.name == "blocklog":
+        else:
             blocks = query_index // self.block_tokens - key_index // self.block_tokens
             blocks = blocks.abs()
             # A power of two has one bit set; 0 is the query's own block.
@@ -60,6 +61,8 @@ def dense_mask(kind: AttentionKind, segments: Tensor, positions: Tensor) -> Tens
     `segments` and `positions` int `[batch, sequence]`; positions count within each segment.
     """
     same = segments.unsqueeze(-1) == segments.unsqueeze(-2)
+    if kind.name in ("full", "linear") and not kind.causal:
+        return same.unsqueeze(1)
     return (same & kind.mask_mod(positions.unsqueeze(-1), positions.unsqueeze(-2))).unsqueeze(1)
 
 
@@ -68,14 +71,16 @@ def feature_map(x: Tensor) -> Tensor:
     return F.elu(x) + 1.0
 
 
-def dense_attention(kind: AttentionKind, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+def dense_attention(kind: AttentionKind, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
     """Attention by the full matrix of weights: the definition of every kind, for tests and single decoding steps.
 
     `queries [batch, heads, query, width]`, `keys` and `values [batch, heads, key, width]`, `mask` bool
-    `[batch, 1, query, key]`. A query that may look nowhere gets zeros.
+    `[batch, 1, query, key]` or None for everywhere. A query that may look nowhere gets zeros.
     """
     if kind.name != "linear":
         return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
-    weights = (feature_map(queries) @ feature_map(keys).transpose(-1, -2)) * mask
+    weights = feature_map(queries) @ feature_map(keys).transpose(-1, -2)
+    if mask is not None:
+        weights = weights * mask
     total = weights.sum(-1, keepdim=True)
     return torch.where(total > 0, weights / total.clamp(min=torch.finfo(total.dtype).tiny), 0.0) @ values
