@@ -24,6 +24,8 @@ def self_attention(
     `segments` and `positions` int `[batch, sequence]`: documents stand together, positions count within each.
     `mask` is `dense_mask` of kind `full`, where the caller has it already.
     """
+    if segments.numel() == 0:
+        return queries
     if kind.name == "linear":
         return linear_attention(kind, queries, keys, values, segments)
     if kind.name == "full":

@@ -46,12 +46,12 @@ KINDS = [
 ]
 
 
-def randomised(model_section, seed=5):
-    model = build_model(model_section, VOCABULARY, seed)
+def randomised(model_section, vocabulary=VOCABULARY, spread=0.1):
+    model = build_model(model_section, vocabulary, 5)
     random = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=random) * 0.1)
+            parameter.add_(torch.randn(parameter.shape, generator=random) * spread)
     return model.eval()
 
 
