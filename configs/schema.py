@@ -71,11 +71,17 @@ class OptimizerSection(Section):
     betas: tuple[float, float] = Field((0.9, 0.98), description="decay rates of the two moments")
     eps: float = Field(1e-9, gt=0.0, description="added to the denominator")
     weight_decay: float = Field(0.0, ge=0.0, description="decoupled weight decay of matrices, per step")
-    schedule: Literal["noam", "constant"] = Field(
-        "noam", description="noam: equation 3 of the paper; constant: linear warm-up, then flat"
+    schedule: Literal["noam", "cosine", "wsd", "constant"] = Field(
+        "noam",
+        description="noam: equation 3 of the paper; all others climb linearly first: cosine falls along half a cosine, "
+        "wsd (warm-up, stable, decay) stays flat and falls linearly at the end, constant stays flat",
     )
+    decay_steps: PositiveInt | None = Field(
+        None, description="wsd: steps of the fall at the end; default: a tenth of train.steps"
+    )
+    minimum_ratio: float = Field(0.0, ge=0.0, le=1.0, description="cosine, wsd: last rate over the highest")
     learning_rate: float = Field(
-        1.0, gt=0.0, description="factor on the schedule: on equation 3 for noam, the flat rate for constant"
+        1.0, gt=0.0, description="factor on the schedule: on equation 3 for noam, the highest rate for others"
     )
     warmup_steps: PositiveInt = Field(4000, description="optimizer steps until the highest rate")
     gradient_clipping: float = Field(1.0, ge=0.0, description="largest gradient norm; 0 switches clipping off")
