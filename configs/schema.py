@@ -10,9 +10,10 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from configs.data_section import CorpusSection, DataSection, TokenizerSection, WeightChange
+from configs.model_section import AttentionSection, ModelSection
 from configs.section import NAME_PATTERN, Fraction, PositiveInt, Section
 
-__all__ = ["CorpusSection", "DataSection", "TokenizerSection", "WeightChange"]
+__all__ = ["AttentionSection", "CorpusSection", "DataSection", "ModelSection", "TokenizerSection", "WeightChange"]
 
 
 class RunSection(Section):
@@ -55,31 +56,6 @@ class ClusterSection(Section):
     )
 
 
-class ModelSection(Section):
-    """The encoder-decoder of Vaswani et al. 2017."""
-
-    architecture: Literal["encoder_decoder"] = Field("encoder_decoder", description="kind of transformer")
-    d_model: PositiveInt = Field(512, description="width of the residual stream")
-    heads: PositiveInt = Field(8, description="attention heads; must divide d_model")
-    d_ff: PositiveInt = Field(2048, description="width of the feed-forward layer")
-    encoder_layers: PositiveInt = Field(6, description="layers of the encoder")
-    decoder_layers: PositiveInt = Field(6, description="layers of the decoder")
-    dropout: Fraction = Field(0.1, description="dropout of sub-layer outputs and of embeddings, a probability")
-
-    @model_validator(mode="after")
-    def _heads_divide_width(self) -> ModelSection:
-        if self.d_model % self.heads:
-            fits = [h for h in range(1, self.d_model + 1) if self.d_model % h == 0]
-            near = min(fits, key=lambda h: (abs(h - self.heads), h))
-            raise ValueError(
-                f"heads: {self.heads} heads do not divide d_model = {self.d_model}; set model.heads to {near} "
-                "or choose another d_model"
-            )
-        if (self.d_model // self.heads) % 2 and self.d_model % 2:
-            raise ValueError(f"d_model: {self.d_model} is odd; sinusoidal positions need an even width")
-        return self
-
-
 class ParallelismSection(Section):
     """How ranks share the work: data-parallel replicas and DeepSpeed's ZeRO stage."""
 
@@ -95,11 +71,17 @@ class OptimizerSection(Section):
     betas: tuple[float, float] = Field((0.9, 0.98), description="decay rates of the two moments")
     eps: float = Field(1e-9, gt=0.0, description="added to the denominator")
     weight_decay: float = Field(0.0, ge=0.0, description="decoupled weight decay of matrices, per step")
-    schedule: Literal["noam", "constant"] = Field(
-        "noam", description="noam: equation 3 of the paper; constant: linear warm-up, then flat"
+    schedule: Literal["noam", "cosine", "wsd", "constant"] = Field(
+        "noam",
+        description="noam: equation 3 of the paper; all others climb linearly first: cosine falls along half a cosine, "
+        "wsd (warm-up, stable, decay) stays flat and falls linearly at the end, constant stays flat",
     )
+    decay_steps: PositiveInt | None = Field(
+        None, description="wsd: steps of the fall at the end; default: a tenth of train.steps"
+    )
+    minimum_ratio: float = Field(0.0, ge=0.0, le=1.0, description="cosine, wsd: last rate over the highest")
     learning_rate: float = Field(
-        1.0, gt=0.0, description="factor on the schedule: on equation 3 for noam, the flat rate for constant"
+        1.0, gt=0.0, description="factor on the schedule: on equation 3 for noam, the highest rate for others"
     )
     warmup_steps: PositiveInt = Field(4000, description="optimizer steps until the highest rate")
     gradient_clipping: float = Field(1.0, ge=0.0, description="largest gradient norm; 0 switches clipping off")
@@ -124,6 +106,9 @@ class TrainSection(Section):
     global_batch_sequences: PositiveInt = Field(description="samples in one optimizer step, all replicas together")
     micro_batch_sequences: PositiveInt = Field(description="samples in one forward pass of one rank")
     label_smoothing: Fraction = Field(0.1, description="epsilon_ls of section 5.4 of the paper, a probability")
+    z_loss: float = Field(
+        0.0, ge=0.0, description="factor of the squared logarithm of the softmax's normaliser, added to the loss"
+    )
     precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16 keeps fp32 master weights")
     threads_per_rank: PositiveInt = Field(1, description="CPU threads of one training rank")
 
@@ -189,6 +174,20 @@ class RunConfig(Section):
     elastic: ElasticSection = Field(default_factory=ElasticSection)
     evaluate: EvaluateSection = Field(default_factory=EvaluateSection)
     tracking: TrackingSection = Field(default_factory=TrackingSection)
+
+    @model_validator(mode="after")
+    def _positions_reach(self) -> RunConfig:
+        if self.model.positions != "learned":
+            return self
+        sides = {"encoder_decoder": ("source_tokens", "target_tokens"), "decoder": ("target_tokens",)}
+        for field in sides.get(self.model.architecture, ("source_tokens",)):
+            tokens = getattr(self.data, field)
+            if tokens > self.model.max_positions:
+                raise ValueError(
+                    f"data.{field}: {tokens} tokens are more than the {self.model.max_positions} learned positions; "
+                    f"set model.max_positions to {tokens}, or lower data.{field}"
+                )
+        return self
 
     @model_validator(mode="after")
     def _every_replica_has_work(self) -> RunConfig:

@@ -243,6 +243,48 @@ def report(run: str, storage: str | None, as_json: bool) -> None:
 
 
 @cli.command()
+@click.argument("run")
+@click.argument("text", nargs=-1)
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=128, show_default=True, help="Longest output.")
+@click.option("--beams", type=click.IntRange(min=1), help="Beam search instead of the most probable token.")
+@click.option("--alpha", type=float, default=0.6, show_default=True, help="Length penalty of beam search.")
+@click.option("--temperature", type=click.FloatRange(min=0, min_open=True), help="Draw tokens, logits divided by it.")
+@click.option("--top-k", type=click.IntRange(min=0), default=0, help="Draw from the K most probable tokens only.")
+@click.option(
+    "--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, help="Draw from this probability mass."
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of what is drawn.")
+@click.option("--step", type=click.IntRange(min=1), help="A committed step; default: the latest.")
+@click.option("--average", type=click.IntRange(min=1), default=1, help="Average the last K checkpoints.")
+@storage
+@as_json
+def generate(
+    run: str,
+    text: tuple[str, ...],
+    max_new_tokens: int,
+    step: int | None,
+    average: int,
+    storage: str | None,
+    as_json: bool,
+    **choice: Any,
+) -> None:
+    """Write what the run's model answers to each TEXT (default: to each line of standard input)."""
+    from jobs.commands import generating, runs
+
+    place = runs.locate(run, storage)
+    sources = list(text) or [line.rstrip("\n") for line in sys.stdin]
+    alone = len(sources) == 1 and not as_json and choice["beams"] is None
+    write = _writer(to_stderr=False) if alone else None
+    outputs = generating.generate_texts(
+        place, sources, max_new_tokens, generating.Choice(**choice), step, average, write
+    )
+    if alone:
+        click.echo()
+        return
+    _print(as_json, {"run": place.name, "outputs": outputs}, "\n".join(output["text"] for output in outputs))
+
+
+@cli.command()
 @click.option("--cpus", type=click.IntRange(min=1), help="Logical CPUs; may exceed the cores.")
 @click.option("--dashboard-port", type=click.IntRange(1024, 65535), help="First port tried for the dashboard.")
 @as_json

@@ -157,7 +157,7 @@ def run_rank(
         )
 
         def rate(at: int) -> float:
-            return learning_rate(config.optimizer, config.model.d_model, at)
+            return learning_rate(config.optimizer, config.model.d_model, at, config.train.steps)
 
         end = train(engine, TorchBatches(loader), rate, reporter, course, peak_memory_bytes)
         reporter.close()

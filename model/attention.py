@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from model.attention_kinds import AttentionKind, dense_attention, dense_mask
+from model.dropout import SeededDropout
+from model.positions import rotate
+from model.self_attention import self_attention
 
 
 def segment_mask(query_segments: Tensor, key_segments: Tensor) -> Tensor:
@@ -21,47 +25,112 @@ def causal_segment_mask(segments: Tensor, positions: Tensor) -> Tensor:
 
     `positions` int `[batch, sequence]` count within each segment.
     """
-    same = segments.unsqueeze(-1) == segments.unsqueeze(-2)
-    return (same & (positions.unsqueeze(-1) >= positions.unsqueeze(-2))).unsqueeze(1)
+    return dense_mask(AttentionKind("full", causal=True), segments, positions)
 
 
 class MultiHeadAttention(nn.Module):
-    """Equation 1 in `heads` subspaces of width d_model / heads, with separate projections and biases."""
+    """Equation 1 in `heads` subspaces of width d_model / heads, with separate projections.
 
-    def __init__(self, d_model: int, heads: int) -> None:
+    `key_value_heads` heads of keys and values serve equal groups of queries each (Ainslie et al. 2023). `kind` is what
+    `attend_self` looks at. With `rotary_base` queries and keys of self-attention are rotated by their positions.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        heads: int,
+        key_value_heads: int | None = None,
+        bias: bool = True,
+        kind: AttentionKind | None = None,
+        rotary_base: float | None = None,
+        dropout: SeededDropout | None = None,
+    ) -> None:
         super().__init__()
-        self.heads = heads
-        self.query = nn.Linear(d_model, d_model)
-        self.key = nn.Linear(d_model, d_model)
-        self.value = nn.Linear(d_model, d_model)
-        self.output = nn.Linear(d_model, d_model)
+        self.heads, self.key_value_heads = heads, key_value_heads or heads
+        self.kind = kind or AttentionKind()
+        self.rotary_base = rotary_base
+        self.dropout = dropout
+        narrow = d_model // heads * self.key_value_heads
+        self.query = nn.Linear(d_model, d_model, bias)
+        self.key = nn.Linear(d_model, narrow, bias)
+        self.value = nn.Linear(d_model, narrow, bias)
+        self.output = nn.Linear(d_model, d_model, bias)
 
     def split(self, x: Tensor) -> Tensor:
-        """`[batch, sequence, d_model]` -> `[batch, heads, sequence, d_model / heads]`."""
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        """`[batch, sequence, heads * width]` -> `[batch, heads, sequence, width]`, width = d_model / heads."""
+        return x.unflatten(-1, (-1, self.query.out_features // self.heads)).transpose(1, 2)
 
-    def keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Projected keys and values of `x [batch, key, d_model]`, each `[batch, heads, key, d_model / heads]`."""
-        return self.split(self.key(x)), self.split(self.value(x))
+    def queries(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
+        """Projected queries `[batch, heads, query, width]`; `positions` int `[batch, query]` where they are rotary."""
+        return self._placed(self.split(self.query(x)), positions)
 
-    def attend(self, x: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+    def keys_values(self, x: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Projected keys and values of `x [batch, key, d_model]`, each `[batch, key_value_heads, key, width]`."""
+        return self._placed(self.split(self.key(x)), positions), self.split(self.value(x))
+
+    def attend_self(self, x: Tensor, segments: Tensor, positions: Tensor, key: Tensor) -> Tensor:
+        """Self-attention of this kind; `x [batch, sequence, d_model]`, `segments`, `positions` int `[batch, sequence]`.
+
+        `key` is the dropout key.
+        """
+        queries = self.queries(x, positions)
+        keys, values = self._shared(*self.keys_values(x, positions))
+        if self.dropout is not None and self.dropout.active:
+            mixed = self._dropped(queries, keys, values, dense_mask(self.kind, segments, positions), key)
+        else:
+            mixed = self_attention(self.kind, queries, keys, values, segments, positions)
+        return self._joined(mixed)
+
+    def attend(self, x: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, key: Tensor | None = None) -> Tensor:
         """Attention of `x [batch, query, d_model]` over projected keys and values; `[batch, query, d_model]`.
 
         `mask` bool `[batch, 1, query, key]`, True where a query may look, or None for everywhere. A query that may
         look nowhere gets zeros before the output projection.
         """
-        mixed = F.scaled_dot_product_attention(self.split(self.query(x)), keys, values, attn_mask=mask)
-        return self.output(mixed.transpose(1, 2).flatten(2))
+        return self.mix(self.queries(x), keys, values, mask, key)
+
+    def mix(
+        self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, key: Tensor | None = None
+    ) -> Tensor:
+        """`attend` for projected queries."""
+        keys, values = self._shared(keys, values)
+        if self.dropout is not None and self.dropout.active:
+            return self._joined(self._dropped(queries, keys, values, mask, key))
+        return self._joined(dense_attention(self.kind, queries, keys, values, mask))
 
     def forward(self, x: Tensor, memory: Tensor, mask: Tensor | None) -> Tensor:
         """Attention of `x [batch, query, d_model]` over `memory [batch, key, d_model]`."""
         return self.attend(x, *self.keys_values(memory), mask)
 
+    def _placed(self, x: Tensor, positions: Tensor | None) -> Tensor:
+        if self.rotary_base is None:
+            return x
+        assert positions is not None, "rotary attention needs positions"
+        return rotate(x, positions, self.rotary_base)
 
-def attention_weights(attention: MultiHeadAttention, x: Tensor, memory: Tensor, mask: Tensor | None) -> Tensor:
-    """The probabilities `[batch, heads, query, key]` that `attention` mixes values with, for looking at them."""
-    queries, (keys, _) = attention.split(attention.query(x)), attention.keys_values(memory)
+    def _shared(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values with every head of queries having its own."""
+        times = self.heads // self.key_value_heads
+        if times == 1:
+            return keys, values
+        return keys.repeat_interleave(times, 1), values.repeat_interleave(times, 1)
+
+    def _dropped(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, key: Tensor) -> Tensor:
+        return self.dropout(_weights(queries, keys, mask), key) @ values
+
+    def _joined(self, mixed: Tensor) -> Tensor:
+        return self.output(mixed.transpose(1, 2).flatten(2))
+
+
+def _weights(queries: Tensor, keys: Tensor, mask: Tensor | None) -> Tensor:
     scores = queries @ keys.transpose(-1, -2) * queries.shape[-1] ** -0.5
     if mask is None:
         return scores.softmax(-1)
-    return torch.nan_to_num(scores.masked_fill(~mask, float("-inf")).softmax(-1))
+    # Not -inf: a query without any key would get NaN, and NaN for its gradient.
+    return scores.masked_fill(~mask, torch.finfo(scores.dtype).min).softmax(-1) * mask
+
+
+def attention_weights(attention: MultiHeadAttention, x: Tensor, memory: Tensor, mask: Tensor | None) -> Tensor:
+    """The probabilities `[batch, heads, query, key]` that softmax attention mixes values with, for looking at them."""
+    keys, _ = attention._shared(*attention.keys_values(memory))
+    return _weights(attention.queries(x), keys, mask)

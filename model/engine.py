@@ -151,7 +151,9 @@ def create_engine(config: RunConfig, vocabulary_size: int, pad_id: int) -> Engin
             timeout=PROCESS_GROUP_TIMEOUT,
         )
         _number_from_zero()
-        module = build_model(config.model, vocabulary_size, config.run.seed, config.train.label_smoothing).to(device)
+        train = config.train
+        module = build_model(config.model, vocabulary_size, config.run.seed, train.label_smoothing, train.z_loss)
+        module = module.to(device)
         optimizer = build_optimizer(module, config.optimizer)
         engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=deepspeed_config(config))
     logging.info("engine on %s, shared-memory operator %s", device, "loaded" if used else "off: going without it")

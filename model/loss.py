@@ -28,12 +28,14 @@ def chunked_cross_entropy(
     loss_weight: Tensor,
     label_smoothing: float = 0.0,
     chunk_tokens: int = CHUNK_TOKENS,
+    z_loss: float = 0.0,
 ) -> LossSums:
     """Sums of weighted losses of `softmax(hidden @ weight.T)`.
 
     `hidden [..., d_model]`, `weight [vocabulary, d_model]`, `labels` int `[...]`, `loss_weight` float `[...]`. For
     one token: (1 - e) * -log p(label) + e * mean over the vocabulary of -log p, as
-    `torch.nn.functional.cross_entropy(label_smoothing=e)` has it. Positions of weight 0 are skipped: their labels may
+    `torch.nn.functional.cross_entropy(label_smoothing=e)` has it, plus `z_loss` * (log of the softmax's normaliser)^2
+    (Chowdhery et al. 2022, section 5), which is no part of nll. Positions of weight 0 are skipped: their labels may
     be anything, and no logits are computed for them.
     """
     kept = loss_weight.flatten().nonzero().squeeze(-1)
@@ -44,6 +46,7 @@ def chunked_cross_entropy(
             labels.flatten()[kept].long(),
             loss_weight.flatten()[kept].float(),
             label_smoothing,
+            z_loss,
             chunk_tokens,
         )
     )
@@ -58,6 +61,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         labels: Tensor,
         loss_weight: Tensor,
         smoothing: float,
+        z_loss: float,
         chunk_tokens: int,
     ):
         vocabulary = weight.shape[0]
@@ -81,11 +85,15 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             if smoothing:
                 uniform = log_total.squeeze(-1) - logit_sum / vocabulary
                 smoothed = (1.0 - smoothing) * nll + smoothing * uniform
+            if z_loss:
+                smoothed = smoothed + z_loss * log_total.squeeze(-1).square()
             loss += smoothed @ loss_weight[part]
             if not differentiate:
                 continue
             scale = loss_weight[part].unsqueeze(-1)
-            gradient = logits.mul_(scale / total)
+            # With z-loss the gradient of the normaliser, which is the probabilities, counts 2 z log Z more.
+            times = 1.0 + 2.0 * z_loss * log_total if z_loss else 1.0
+            gradient = logits.mul_(scale * times / total)
             if smoothing:
                 gradient.sub_(scale * (smoothing / vocabulary))
             gradient.scatter_add_(-1, labels[part].unsqueeze(-1), -(1.0 - smoothing) * scale)
@@ -105,4 +113,4 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         hidden_gradient, weight_gradient = ctx.gradients
         ctx.gradients = None
         scaled_weight = weight_gradient.mul_(loss_gradient).to(ctx.dtype)
-        return hidden_gradient * loss_gradient.to(hidden_gradient.dtype), scaled_weight, None, None, None, None
+        return hidden_gradient * loss_gradient.to(hidden_gradient.dtype), scaled_weight, None, None, None, None, None

@@ -1,4 +1,4 @@
-"""The encoder-decoder of Vaswani et al. 2017 as one list of layers, and the module that runs the list in order."""
+"""Transformers as one list of layers each, and the module that runs the list in order."""
 
 from __future__ import annotations
 
@@ -11,68 +11,102 @@ from torch import Tensor, nn
 
 from configs.schema import ModelSection
 from model.batch import Inputs, ModelBatch
-from model.layers import Bridge, DecoderLayer, EncoderLayer, Head, SourceEmbedding
+from model.embedding import Bridge, ClassifiedEmbedding, SourceEmbedding, TargetEmbedding
+from model.heads import ClassHead, Head
+from model.layers import DecoderLayer, FinalNorm, SelfAttentionLayer
 from model.loss import LossSums
 from model.seeds import generator
 
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """One layer, not built yet. Its parameters are named `name.*`; a `tied` one takes the embedding matrix."""
+    """One layer, not built yet. Its parameters are named `name.*`; an `embedded` one takes the embedding matrix."""
 
     name: str
     kind: type[nn.Module]
     arguments: Mapping[str, Any] = field(default_factory=dict)
-    tied: bool = False
+    embedded: bool = False
 
     def build(self, embedding: nn.Parameter) -> nn.Module:
-        """The module; `embedding [vocabulary, d_model]` is used by tied layers only."""
-        return self.kind(weight=embedding, **self.arguments) if self.tied else self.kind(**self.arguments)
+        """The module; `embedding [vocabulary, d_model]` is used by embedded layers only."""
+        return self.kind(weight=embedding, **self.arguments) if self.embedded else self.kind(**self.arguments)
 
 
-def build_layers(model: ModelSection, seed: int, label_smoothing: float = 0.0) -> list[LayerSpec]:
+def build_layers(model: ModelSection, seed: int, label_smoothing: float = 0.0, z_loss: float = 0.0) -> list[LayerSpec]:
     """The layers in the order in which they run; `seed` is the run's and decides dropout."""
 
-    def embedding(name: str, kind: type[nn.Module]) -> LayerSpec:
-        return LayerSpec(name, kind, {"dropout": model.dropout, "seed": seed, "name": name}, tied=True)
+    def layer(name: str, kind: type[nn.Module], **more: Any) -> LayerSpec:
+        embedded = kind not in (SelfAttentionLayer, DecoderLayer)
+        return LayerSpec(name, kind, {"model": model, "seed": seed, "name": name, **more}, embedded)
 
-    def block(name: str, kind: type[nn.Module], **more: bool) -> LayerSpec:
-        sizes = {"d_model": model.d_model, "heads": model.heads, "d_ff": model.d_ff}
-        return LayerSpec(name, kind, {**sizes, "dropout": model.dropout, "seed": seed, "name": name, **more})
+    def stack(name: str, kind: type[nn.Module], depth: int, **more: Any) -> list[LayerSpec]:
+        return [layer(f"{name}_{i}", kind, **more) for i in range(depth)]
 
-    last = model.decoder_layers - 1
+    def ended(layers: list[LayerSpec], name: str, hands_on_hidden: bool) -> list[LayerSpec]:
+        """The stack with its last layer handing on `hidden` alone where asked, and a norm behind pre-norm layers."""
+        if hands_on_hidden:
+            last = layers[-1]
+            layers = [*layers[:-1], LayerSpec(last.name, last.kind, {**last.arguments, "last": True})]
+        pre = model.norm_placement == "pre"
+        return [*layers, LayerSpec(f"{name}_end", FinalNorm, {"model": model})] if pre else layers
+
+    encoder = stack("encoder", SelfAttentionLayer, model.encoder_layers)
+    losses = {"label_smoothing": label_smoothing, "z_loss": z_loss}
+    head = LayerSpec("head", Head, {"tied": model.tie_embeddings, **losses}, embedded=True)
+    if model.architecture == "encoder":
+        classes = LayerSpec("head", ClassHead, {"model": model, "label_smoothing": label_smoothing})
+        return [layer("embedding", ClassifiedEmbedding), *ended(encoder, "encoder", False), classes]
+    if model.architecture == "decoder":
+        decoder = stack("decoder", SelfAttentionLayer, model.decoder_layers, causal=True)
+        return [layer("embedding", TargetEmbedding), *ended(decoder, "decoder", True), head]
+    decoder = stack("decoder", DecoderLayer, model.decoder_layers)
     return [
-        embedding("embedding", SourceEmbedding),
-        *(block(f"encoder_{i}", EncoderLayer) for i in range(model.encoder_layers)),
-        embedding("bridge", Bridge),
-        *(block(f"decoder_{i}", DecoderLayer, last=i == last) for i in range(model.decoder_layers)),
-        LayerSpec("head", Head, {"label_smoothing": label_smoothing}, tied=True),
+        layer("embedding", SourceEmbedding),
+        *ended(encoder, "encoder", False),
+        layer("bridge", Bridge),
+        *ended(decoder, "decoder", True),
+        head,
     ]
 
 
-def initial_parameter(name: str, shape: torch.Size, seed: int) -> Tensor:
+NORMAL_STD = 0.02
+ONTO_RESIDUAL = (".output.weight", ".outer.weight")
+
+
+def initial_parameter(name: str, shape: torch.Size, seed: int, model: ModelSection) -> Tensor:
     """The full float32 tensor that the parameter of this name starts from: a function of its arguments alone.
 
-    Matrices: Xavier uniform, U(-a, a) with a = sqrt(6 / (fan_in + fan_out)). Embedding: N(0, 1 / d_model), so that it
-    has unit variance after its sqrt(d_model) factor and tied logits start small. Biases 0, norms 1.
+    Biases 0, norms 1. Embeddings that are scaled by sqrt(d_model): N(0, 1 / d_model), so that they have unit variance
+    afterwards and tied logits start small; others, and learned positions: N(0, 0.02). Matrices by
+    `model.initialisation`: U(-a, a) with a = sqrt(6 / (fan_in + fan_out)) (Glorot and Bengio 2010), or N(0, 0.02),
+    divided by sqrt(2 layers) for those that write onto the residual stream (Radford et al. 2019).
     """
     if name.endswith(".bias"):
         return torch.zeros(shape)
     if name.endswith("norm.weight"):
         return torch.ones(shape)
     random = generator(seed, "initialise", name)
-    if name == "embedding.weight":
-        return torch.empty(shape).normal_(std=shape[1] ** -0.5, generator=random)
+    result = torch.empty(shape)
+    if name in ("embedding.weight", "head.weight"):
+        return result.normal_(std=model.d_model**-0.5 if model.scale_embeddings else NORMAL_STD, generator=random)
+    if name.endswith(".positions"):
+        return result.normal_(std=NORMAL_STD, generator=random)
+    if model.initialisation == "normal":
+        layers = model.encoder_layers if name.startswith("encoder") else model.decoder_layers
+        return result.normal_(
+            std=NORMAL_STD / (2 * layers) ** 0.5 if name.endswith(ONTO_RESIDUAL) else NORMAL_STD, generator=random
+        )
     bound = (6.0 / (shape[0] + shape[1])) ** 0.5
-    return torch.empty(shape).uniform_(-bound, bound, generator=random)
+    return result.uniform_(-bound, bound, generator=random)
 
 
 class Transformer(nn.Module):
     """Runs a list of layers in order; the embedding matrix is one parameter, `embedding.weight`, wherever it serves."""
 
-    def __init__(self, layers: list[LayerSpec], vocabulary_size: int, d_model: int) -> None:
+    def __init__(self, layers: list[LayerSpec], vocabulary_size: int, section: ModelSection) -> None:
         super().__init__()
-        embedding = nn.Parameter(torch.empty(vocabulary_size, d_model))
+        self.section = section
+        embedding = nn.Parameter(torch.empty(vocabulary_size, section.d_model))
         self.names = [spec.name for spec in layers]
         for spec in layers:
             self.add_module(spec.name, spec.build(embedding))
@@ -81,7 +115,7 @@ class Transformer(nn.Module):
     def initialise(self, seed: int) -> None:
         """Set every parameter to what its name and the run's seed give."""
         for name, parameter in self.named_parameters():
-            parameter.copy_(initial_parameter(name, parameter.shape, seed))
+            parameter.copy_(initial_parameter(name, parameter.shape, seed, self.section))
 
     @torch.no_grad()
     def load(self, parameters: Mapping[str, Tensor]) -> None:
@@ -99,8 +133,8 @@ class Transformer(nn.Module):
         found = [getattr(self, name) for name in self.names]
         return found if kind is None else [layer for layer in found if isinstance(layer, kind)]
 
-    def hidden(self, inputs: Inputs, key: Tensor | None = None) -> tuple[Tensor]:
-        """All layers but the head: decoder output `[batch, target, d_model]`, as a tuple of one.
+    def hidden(self, inputs: Inputs, key: Tensor | None = None) -> tuple[Tensor, ...]:
+        """All layers but the head; the first tensor is the stack's output `[batch, sequence, d_model]`.
 
         `key` int64 `[2]` on the CPU (step, micro-batch) seeds dropout; needed while training only.
         """
@@ -114,13 +148,15 @@ class Transformer(nn.Module):
         return self.head(self.hidden(inputs, key), labels, loss_weight)
 
     def logits(self, inputs: Inputs) -> Tensor:
-        """Float32 `[batch, target, vocabulary]`: all of them, so for small batches."""
-        return self.head.logits(self.hidden(inputs)[0])
+        """Float32 `[batch, target, vocabulary or classes]`: all of them, so for small batches."""
+        return self.head.scores(self.hidden(inputs))
 
 
-def build_model(model: ModelSection, vocabulary_size: int, seed: int, label_smoothing: float = 0.0) -> Transformer:
+def build_model(
+    model: ModelSection, vocabulary_size: int, seed: int, label_smoothing: float = 0.0, z_loss: float = 0.0
+) -> Transformer:
     """The whole model, initialised from the run's seed."""
-    built = Transformer(build_layers(model, seed, label_smoothing), vocabulary_size, model.d_model)
+    built = Transformer(build_layers(model, seed, label_smoothing, z_loss), vocabulary_size, model)
     built.initialise(seed)
     return built
 

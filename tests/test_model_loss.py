@@ -6,9 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from configs.schema import OptimizerSection
 from model.loss import chunked_cross_entropy
-from model.schedule import learning_rate
 
 
 def reference(hidden, weight, labels, loss_weight, smoothing):
@@ -91,20 +89,3 @@ def test_bf16_weights_get_bf16_gradients_near_the_float32_ones():
     for mine, theirs in zip(half, exact, strict=True):
         assert mine.grad.dtype == torch.bfloat16
         assert (mine.grad.float() - theirs.grad).abs().max() < 0.05 * theirs.grad.abs().max()
-
-
-def test_noam_equals_equation_3():
-    section = OptimizerSection(schedule="noam", warmup_steps=4000, learning_rate=2.0)
-    for step in (1, 10, 3999, 4000, 4001, 100_000):
-        expected = 2.0 * 512 ** (-0.5) * min(step ** (-0.5), step * 4000 ** (-1.5))
-        assert learning_rate(section, 512, step) == pytest.approx(expected, rel=1e-12)
-    rates = [learning_rate(section, 512, step) for step in range(1, 9000)]
-    assert max(rates) == rates[3999]
-
-
-def test_constant_climbs_and_stays():
-    section = OptimizerSection(schedule="constant", warmup_steps=4, learning_rate=0.01)
-    found = [learning_rate(section, 512, step) for step in range(1, 7)]
-    assert found == pytest.approx([0.0025, 0.005, 0.0075, 0.01, 0.01, 0.01])
-    with pytest.raises(ValueError, match="count from 1"):
-        learning_rate(section, 512, 0)

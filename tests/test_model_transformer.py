@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from configs.schema import ModelSection
-from model.layers import DecoderLayer, EncoderLayer, SeededDropout
+from model.dropout import SeededDropout
+from model.layers import DecoderLayer, SelfAttentionLayer
 from model.positions import sinusoidal_positions
 from model.transformer import build_layers, build_model, initial_parameter
 from tests.test_engine import VOCABULARY, make_batch
@@ -59,7 +60,7 @@ def plain_inputs(lengths_source, lengths_target, seed=0):
 def test_the_whole_model_equals_torch_transformer():
     model = randomised()
     reference = nn.Transformer(32, 4, 2, 3, 48, dropout=0.0, activation="relu", batch_first=True).eval()
-    for ours, theirs in zip(model.layers(EncoderLayer), reference.encoder.layers, strict=True):
+    for ours, theirs in zip(model.layers(SelfAttentionLayer), reference.encoder.layers, strict=True):
         copy_layer(ours, theirs)
     for ours, theirs in zip(model.layers(DecoderLayer), reference.decoder.layers, strict=True):
         copy_layer(ours, theirs)
@@ -86,13 +87,13 @@ def test_the_whole_model_equals_torch_transformer():
 
 
 def test_an_encoder_layer_equals_torch_s_with_gradients():
-    layer = EncoderLayer(32, 4, 48, 0.0, 0, "x")
+    layer = SelfAttentionLayer(SECTION, 0, "x")
     reference = nn.TransformerEncoderLayer(32, 4, 48, dropout=0.0, activation="relu", batch_first=True)
     copy_layer(layer, reference)
     segments = torch.tensor([[1] * 6, [1] * 3 + [0] * 3])
     x = torch.randn(2, 6, 32, generator=torch.Generator().manual_seed(2)).requires_grad_()
     y = x.detach().clone().requires_grad_()
-    found = layer((x, segments, torch.zeros(2)))[0][segments > 0]
+    found = layer((x, torch.arange(6).expand(2, 6), segments, torch.zeros(2)))[0][segments > 0]
     expected = reference(y, src_key_padding_mask=segments == 0)[segments > 0]
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
     found.pow(3).sum().backward()
@@ -170,7 +171,7 @@ def test_initial_weights_depend_on_seed_and_name_alone():
     own = dict(deep.named_parameters())
     for name, parameter in small.named_parameters():
         assert (parameter == own[name]).all()
-        assert (parameter == initial_parameter(name, parameter.shape, 5)).all()
+        assert (parameter == initial_parameter(name, parameter.shape, 5, SECTION)).all()
     assert (small.embedding.weight != other.embedding.weight).any()
     assert (small.encoder_0.attention.query.weight != small.encoder_1.attention.query.weight).any()
     assert small.embedding.weight is small.bridge.weight is small.head.weight

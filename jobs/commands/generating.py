@@ -1,0 +1,121 @@
+"""`telar generate`: texts from a trained run, on this machine, without a cluster."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from configs.errors import ConfigError
+from jobs.commands.runs import RunPlace
+
+REPLACEMENT = "\ufffd"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How the output is chosen; the most probable token each time when nothing is given."""
+
+    beams: int | None = None
+    alpha: float = 0.6
+    temperature: float | None = None
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def check(self) -> None:
+        """Raises ConfigError for options that contradict each other."""
+        drawing = self.temperature is not None or self.top_k or self.top_p < 1.0
+        if self.beams is not None and drawing:
+            raise ConfigError("--beams: beam search draws nothing; leave --temperature, --top-k and --top-p out")
+
+
+def generate_texts(
+    place: RunPlace,
+    sources: Sequence[str],
+    max_new_tokens: int,
+    choice: Choice,
+    step: int | None = None,
+    average: int = 1,
+    write: Callable[[str], None] | None = None,
+) -> list[dict[str, Any]]:
+    """One output per source: text, number of tokens, whether it ended by itself.
+
+    `write` receives a single output piece by piece while it grows (not for beam search). Raises ConfigError for an
+    empty source where the model reads one, and for a source that is longer than the model's positions.
+    """
+    from data.packing import fit_source
+    from jobs.loading import load_trained
+    from model.beam import beam_search
+    from model.generation import Sampling, evaluating, generate, most_probable, stream
+
+    choice.check()
+    config = place.config()
+    if config.model.architecture == "encoder":
+        raise ConfigError(f"{place.url}: an encoder classifies and generates nothing (model.architecture)")
+    trained = load_trained(place.storage, place.name, config, step, average)
+    tokenizer, model = trained.tokenizer, trained.model
+    empty = [number for number, source in enumerate(sources, 1) if not source.strip()]
+    encodes = config.model.architecture == "encoder_decoder"
+    if empty and encodes:
+        raise ConfigError(f"TEXT {empty[0]} is empty; an encoder-decoder needs a source")
+    capacity = config.data.source_tokens if encodes else config.data.target_tokens
+    encoded = [fit_source(ids, capacity).tolist() for ids in tokenizer.encode_batch(list(sources))]
+    positions = max_new_tokens + (0 if encodes else 1 + max(map(len, encoded)))
+    if config.model.positions == "learned" and positions > config.model.max_positions:
+        raise ConfigError(
+            f"--max-new-tokens: {positions} positions are needed, the model learned {config.model.max_positions} "
+            "(model.max_positions); ask for fewer tokens"
+        )
+    if choice.beams is not None:
+        found = beam_search(
+            model, encoded, tokenizer.bos_id, tokenizer.eos_id, max_new_tokens, choice.beams, choice.alpha
+        )
+        outputs = [hypotheses[0].tokens for hypotheses in found]
+    else:
+        choose = most_probable
+        if choice.temperature is not None or choice.top_k or choice.top_p < 1.0:
+            temperature = 1.0 if choice.temperature is None else choice.temperature
+            choose = Sampling(temperature, choice.top_k, choice.top_p, choice.seed)
+        arguments = (model, encoded, tokenizer.bos_id, [tokenizer.eos_id], max_new_tokens, choose)
+        if write is None or len(sources) > 1:
+            outputs = generate(*arguments)
+        else:
+            growing = Growing(tokenizer.decode, write)
+            with evaluating(model):
+                for new in stream(*arguments):
+                    growing.add(new[0][1])
+            growing.end()
+            outputs = [growing.tokens]
+    return [
+        {
+            "text": tokenizer.decode(output),
+            "tokens": len(output),
+            "ended": bool(output) and output[-1] == tokenizer.eos_id,
+        }
+        for output in outputs
+    ]
+
+
+class Growing:
+    """Text that grows by tokens, handed on as soon as its characters are whole."""
+
+    def __init__(self, decode: Callable[[Sequence[int]], str], write: Callable[[str], None]) -> None:
+        self._decode, self._write = decode, write
+        self._written = 0
+        self.tokens: list[int] = []
+
+    def add(self, token: int) -> None:
+        """One more token; a character whose bytes are not all there yet is held back."""
+        self.tokens.append(token)
+        text = self._decode(self.tokens)
+        self._hand_on(text.rstrip(REPLACEMENT))
+
+    def end(self) -> None:
+        """Nothing more comes: what was held back is written as it is."""
+        self._hand_on(self._decode(self.tokens))
+
+    def _hand_on(self, text: str) -> None:
+        if len(text) > self._written:
+            self._write(text[self._written :])
+            self._written = len(text)
