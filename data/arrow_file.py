@@ -38,7 +38,8 @@ class _Sink:
 class DigestingWriter:
     """An uncompressed Arrow IPC file written to a binary file object; equal record batches give equal bytes.
 
-    Leaving the context without an exception writes the footer; afterwards `bytes` and `digest` (xxh3-128, hex) are those of the whole file.
+    Leaving the context without an exception writes the footer; afterwards `bytes` and `digest` (xxh3-128, hex) are
+    those of the whole file.
     """
 
     def __init__(self, file: IO[bytes], schema: pa.Schema) -> None:

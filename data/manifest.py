@@ -182,14 +182,14 @@ class Manifest:
         path = f"{folder}/{NAME}"
         origin = f"{storage.url}/{path}"
         try:
-            text = storage.read_text(path)
+            content = storage.read_bytes(path)
         except FileNotFoundError as error:
             raise DataError(
                 f"{origin} does not exist: the data was removed or its preparation did not finish; run the prepare "
                 "stage again"
             ) from error
         try:
-            manifest = cls._from_json(text, origin, storage.child(folder))
+            manifest = cls._from_json(content.decode(), origin, storage.child(folder))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(f"{origin}: no manifest ({error}); remove the folder and prepare again") from error
         if manifest.folder != folder:

@@ -1,4 +1,4 @@
-"""The table of a manifest's shards: an Arrow IPC file of one row per shard, memory-mapped, checked as far as it is read.
+"""The table of a manifest's shards: an Arrow IPC file of one row per shard, memory-mapped, checked as it is read.
 
 The file is cut into blocks of at most BLOCK_SHARDS shards of one corpus, each an Arrow record batch. Where the blocks
 lie and what their digests are stands in manifest.json, so opening reads nothing of the table, and nothing of it is
@@ -234,7 +234,8 @@ class TableShards(Sequence[ShardInfo]):
         shards, inside = np.empty(len(rows), dtype=np.int64), np.empty(len(rows), dtype=np.int64)
         order = np.argsort(blocks, kind="stable")
         numbers, starts = np.unique(blocks[order], return_index=True)
-        for number, part in zip(numbers.tolist(), np.split(order, starts[1:]), strict=True):
+        for number, start, end in zip(numbers.tolist(), starts, [*starts[1:], len(rows)], strict=False):
+            part = order[start:end]
             first_row = self._table.columns(self._corpus, number).first_row
             found = np.searchsorted(first_row, rows[part], side="right") - 1
             shards[part], inside[part] = found + self._first_shards[number], rows[part] - first_row[found]
