@@ -1,11 +1,6 @@
 """The order of samples as a pure function: position in the run -> (corpus, epoch, row). No state, no tables of rows.
 
-Dealing. In a segment of the schedule that begins at position F, with quotas q[c], P = sum(q) slots and L lanes,
-position p has lane = (p - F) mod L, turn = (p - F) div L, superblock = turn div P, and takes slot
-(turn + lane * P div L + hash(seed, 1, F + superblock * L * P)) mod P of a table in which the draws of every corpus
-stand at equal distances. A slot is (corpus c, its draw d of 0 .. q[c] - 1); the draw number within the run is
-base[c] + (superblock * q[c] + d) * L + lane, where base[c] counts the draws of all segments before. So every
-superblock of L * P aligned positions has the exact mixture, and draws 0, 1, 2, ... of a corpus happen once each.
+`data/dealing.py` maps positions to draws of corpora; this file maps draws to rows.
 
 Shuffling. Draw n of a corpus of N rows belongs to epoch n div N, at index i = n mod N. Rows come in blocks of B; each
 of the L lanes owns K = (N div B) div L whole blocks. The first L * K * B indices go to lane i mod L, at place i div L
@@ -19,12 +14,13 @@ of the epoch, permuted among themselves. Positions L apart share a window: their
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
+from data.dealing import Dealing, divided
 from data.permutation import Permutations, keyed_hash, permute
-from data.schedule import Schedule, Segment, quotas
+from data.schedule import Schedule
 
 # Positions worked on at one time: their arrays stay in the processor's cache.
 CHUNK = 16384
@@ -32,41 +28,6 @@ CHUNK = 16384
 LEAST_GROUP = 256
 
 Number = np.ndarray | np.int64
-
-
-class _Deal:
-    """One segment of the schedule: positions -> (corpus, draw number). Tables have one entry per slot."""
-
-    def __init__(self, segment: Segment, base: np.ndarray, seed: int, lanes: int) -> None:
-        self.quotas = np.asarray(quotas(segment.weights), dtype=np.int64)
-        self.first, self.slots, self.base = segment.first, int(self.quotas.sum()), base
-        self._seed, self._lanes = seed, lanes
-        corpus = np.repeat(np.arange(len(self.quotas)), self.quotas)
-        draw = np.concatenate([np.arange(quota) for quota in self.quotas])
-        place = np.argsort((draw + 0.5) / self.quotas[corpus], kind="stable")
-        self._corpus, self._draw = corpus[place], draw[place]
-        self._slot_quota, self._slot_base = self.quotas[self._corpus], base[self._corpus]
-
-    @property
-    def superblock(self) -> int:
-        return self._lanes * self.slots
-
-    def __call__(self, positions: np.ndarray) -> tuple[Number, np.ndarray]:
-        """Corpus (one number where the segment has one) and draw number of each position, all in this segment."""
-        local = positions - self.first
-        if self.slots == 1:
-            return self._corpus[0], local + self._slot_base[0]
-        turn, lane = _divided(local, self._lanes)
-        superblock, place = _divided(turn, self.slots)
-        # Lanes are evenly staggered over the slot table, so that neighbouring positions have the mixture too.
-        slot = place + lane * self.slots // self._lanes + _by_value(self._rotation, superblock)
-        slot = _divided(slot, self.slots)[1]
-        draw = (superblock * self._slot_quota[slot] + self._draw[slot]) * self._lanes + lane
-        return self._corpus[slot], draw + self._slot_base[slot]
-
-    def _rotation(self, superblock: np.ndarray) -> np.ndarray:
-        key = keyed_hash(self._seed, 1, superblock * self.superblock + self.first)
-        return (key % np.uint64(self.slots)).astype(np.int64)
 
 
 class Order:
@@ -96,31 +57,12 @@ class Order:
         self._in_lanes = self._lane_blocks * lanes * block_rows
         self._ramp = (window_blocks - 1).bit_length()
         self._ramp_blocks = 2**self._ramp - 1
-        self._deals = self._make_deals()
-        self._firsts = np.array([deal.first for deal in self._deals], dtype=np.int64)
-
-    def _make_deals(self) -> list[_Deal]:
-        segments = self.schedule.segments
-        if not segments or segments[0].first != 0:
-            raise ValueError("a schedule begins at position 0")
-        deals, base = [], np.zeros(len(self._rows), dtype=np.int64)
-        for segment in segments:
-            if deals:
-                before = deals[-1]
-                superblocks, over = divmod(segment.first - before.first, before.superblock)
-                if superblocks < 1 or over:
-                    raise ValueError(
-                        f"weights change at position {segment.first}, which is no whole number of superblocks of "
-                        f"{before.superblock} positions after {before.first}"
-                    )
-                base = before.base + superblocks * before.quotas * self._lanes
-            deals.append(_Deal(segment, base, self._seed, self._lanes))
-        return deals
+        self._dealing = Dealing(self.schedule, len(rows), seed, lanes)
 
     @property
     def superblock(self) -> int:
         """Aligned positions over which the mixture is exact, in the first segment of the schedule."""
-        return self._deals[0].superblock
+        return self._dealing.superblock
 
     def __call__(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Corpus, epoch and row of each position, int64 `[positions]`; positions are 0 or more."""
@@ -132,18 +74,8 @@ class Order:
         return corpus, epoch, row
 
     def _fill(self, positions: np.ndarray, corpus: np.ndarray, epoch: np.ndarray, row: np.ndarray) -> None:
-        first, last = np.searchsorted(self._firsts, (positions.min(), positions.max()), side="right") - 1
-        if first == last:
-            which, draw = self._deals[first](positions)
-            corpus[:] = which
-        else:
-            draw = np.empty_like(positions)
-            segment = np.searchsorted(self._firsts, positions, side="right") - 1
-            for number in range(first, last + 1):
-                chosen = np.flatnonzero(segment == number)
-                if chosen.size:
-                    corpus[chosen], draw[chosen] = self._deals[number](positions[chosen])
-            which = corpus
+        which, draw = self._dealing(positions)
+        corpus[:] = which
         self._shuffle(which, draw, epoch, row)
 
     def _shuffle(self, corpus: Number, draw: np.ndarray, epoch: np.ndarray, row: np.ndarray) -> None:
@@ -166,7 +98,7 @@ class Order:
             epoch[chosen], row[chosen] = found_epoch, found_row
 
     def _shuffle_corpus(self, corpus: np.int64, draw: np.ndarray, epoch: np.ndarray, row: np.ndarray) -> None:
-        epoch[:], index = _divided(draw, int(self._rows[corpus]))
+        epoch[:], index = divided(draw, int(self._rows[corpus]))
         first, last = epoch.min(), epoch.max()
         if first == last:
             row[:] = self._rows_at(corpus, first, index)
@@ -191,7 +123,7 @@ class Order:
 
     def _in_windows(self, corpus: Number, epoch: Number, index: np.ndarray) -> np.ndarray:
         lane_blocks, size = self._lane_blocks[corpus], self._block_rows
-        place, lane = _divided(index, self._lanes)
+        place, lane = divided(index, self._lanes)
         window = self._window_of(place // size)
         low, high = int(window.min()), int(window.max())
         single = np.ndim(corpus) == 0 and np.ndim(epoch) == 0
@@ -204,7 +136,7 @@ class Order:
         key = keyed_hash(self._seed, 3, corpus, epoch, key_lane, key_window)
         width = np.minimum(self._width(key_window), lane_blocks - self._first_block(key_window))
         first = self._first_block(window)
-        block, row = _divided(Permutations(width * size, key)(place - first * size, which), size)
+        block, row = divided(Permutations(width * size, key)(place - first * size, which), size)
         block += first
         blocks, block_key = self._blocks[corpus], keyed_hash(self._seed, 2, corpus, epoch)
         # Likewise one evaluation per block of the lanes' windows, else one per position.
@@ -233,29 +165,22 @@ class Order:
         return np.where(window < self._ramp, 1 << np.minimum(window, self._ramp), self._window_blocks)
 
     def _left_over(self, corpus: Number, epoch: Number, index: np.ndarray) -> np.ndarray:
-        rows, blocks, in_lanes, size = self._rows[corpus], self._blocks[corpus], self._in_lanes[corpus], self._block_rows
+        rows, blocks, in_lanes, size = (
+            self._rows[corpus],
+            self._blocks[corpus],
+            self._in_lanes[corpus],
+            self._block_rows,
+        )
         at = permute(index - in_lanes, rows - in_lanes, keyed_hash(self._seed, 4, corpus, epoch)) + in_lanes
         # Rows of whole blocks follow their block; those of the last, short block are where they are.
         moved = np.flatnonzero(at < blocks * size)
-        block, row = _divided(at[moved], size)
+        if not moved.size:
+            return at
+        block, row = divided(at[moved], size)
         key = keyed_hash(self._seed, 2, _at(corpus, moved), _at(epoch, moved))
         at[moved] = permute(block, _at(blocks, moved), key) * size + row
         return at
 
 
-def _divided(value: np.ndarray, divisor: int) -> tuple[np.ndarray, np.ndarray]:
-    """Quotient and remainder; NumPy divides by one number several times faster than it takes remainders."""
-    quotient = value // divisor
-    return quotient, value - quotient * divisor
-
-
 def _at(value: Number, chosen: np.ndarray) -> Number:
     return value if np.ndim(value) == 0 else value[chosen]
-
-
-def _by_value(function: Callable[[np.ndarray], np.ndarray], values: np.ndarray) -> np.ndarray:
-    """function(values), evaluated once per number of their range where that is less work."""
-    low, high = int(values.min()), int(values.max())
-    if high - low >= values.size:
-        return function(values)
-    return function(np.arange(low, high + 1))[values - low]

@@ -1,9 +1,9 @@
 """Keyed permutations of [0, size) without tables: Feistel networks with cycle walking (Black and Rogaway 2002, 2.2).
 
-Arithmetic. `bits` is the length of size - 1 (2 at least); a number splits into `high` (bits // 2 bits) and `low` (the
+Arithmetic. `bits` is the length of size - 1 (4 at least); a number splits into `high` (bits // 2 bits) and `low` (the
 rest, at most 31 bits). Eight rounds add to each half in turn a 32-bit finaliser (murmur3's, Appleby 2011) of the other
 half plus the round's key, modulo the half's own power of two; round 0 changes `high`. Results of `size` or more go
-through the network again, fewer than two passes each on average. Round keys are the 32-bit halves of splitmix64
+through the network again, fewer than two passes each on average above 8. Round keys are the 32-bit halves of splitmix64
 (Steele et al. 2014) of the 64-bit key. Everything works on whole arrays; nothing here is meant to resist an attacker.
 """
 
@@ -18,7 +18,8 @@ LARGEST_SIZE = 2**62
 
 U64, U32 = np.uint64, np.uint32
 _GOLDEN = 0x9E3779B97F4A7C15
-_LEAST_BITS = 2
+# Networks on 3 bits or fewer favour some permutations over others twofold.
+_LEAST_BITS = 4
 
 
 def keyed_hash(*parts: np.ndarray | int) -> np.ndarray:
