@@ -1,126 +1,337 @@
-"""One Ray actor per node that keeps verified local copies of shards; ranks ask it for paths and memory-map them.
+"""One Ray actor per node that fills the node's cache of shards; ranks lease the copies and memory-map them.
 
-Without Ray (`plain_opener`) each process looks after its own copies, in the same folder layout.
+Ranks need the actor only for shards that are not in the cache yet. When it has died they fetch by themselves into the
+same folder, and come back to it when Ray has restarted it. Without Ray: `plain_opener`.
 """
 
 from __future__ import annotations
 
 import os
-import tempfile
-import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from cluster.storage import Storage
 from configs.errors import DataError, TelarError
 from configs.schema import RunConfig
+from data.eviction import NextUses
+from data.fetch import DamagedShard, Deadline, FetchTimeout
 from data.manifest import Manifest, ShardInfo
-from data.shard_cache import ShardCache
+from data.opener import CacheOpener, CacheSettings, cache_folder, plain_opener
+from data.quarantine import QuarantinedShard, shards_named, total_tokens
+from data.shard_cache import AskAgain, Fetch
+from data.shards import file_digest
 
-DEFAULT_CACHE_BYTES = 16 * 2**30
-PREFETCH_THREADS = 2
-CALLS_AT_ONCE = 8
+CALLS_AT_ONCE = 32
+# Peers and the coordinator are answered even while all other calls wait for storage.
+CONCURRENCY_GROUPS = {"control": 2, "peers": 4}
+CHUNK_BYTES = 4 << 20
+CHUNKS_AHEAD = 2
+CHUNK_SECONDS = 30.0
+COORDINATOR_SECONDS = 10.0
 START_TIMEOUT_SECONDS = 120.0
+# After a call to a dead actor, how long a rank fetches by itself before it tries the actor again.
+RETRY_SECONDS = 2.0
+# What a rank waits longer than the server, whose own deadline gives the better error.
+GRACE_SECONDS = 5.0
+GAUGES = {
+    "storage_bytes": "bytes of shards fetched from storage",
+    "peer_bytes": "bytes of shards copied from other nodes",
+    "hits": "shards found in the node's cache",
+    "misses": "shards that had to be fetched",
+    "evictions": "copies removed to make room",
+    "damaged_copies": "cached copies that did not match their digest",
+    "quarantined": "shards damaged in storage and masked",
+}
 
-# Actor handles by node id.
-Servers = dict[str, Any]
-
-
-def cache_folder() -> str:
-    """Where this user's copies lie on this machine; data of different digests lie in folders of their own."""
-    return str(Path(tempfile.gettempdir()) / f"telar-shards-{os.getuid()}")
+__all__ = ["CacheOpener", "ServerOpener", "Servers", "ShardServer", "cache_folder", "plain_opener", "shard_opener"]
 
 
 class ShardServer:
     """The actor's class. `path` answers when the copy is there; `prefetch` returns at once."""
 
-    def __init__(self, storage_url: str, data_folder: str, cache_bytes: int) -> None:
-        self._storage_url, self._data_folder, self._cache_bytes = storage_url, data_folder, cache_bytes
-        self._lock = threading.Lock()
-        self._opened: ShardCache | None = None
-        self._pool = ThreadPoolExecutor(PREFETCH_THREADS, thread_name_prefix="prefetch")
-
-    def _cache(self) -> ShardCache:
-        # Not in the constructor: an actor whose constructor raises dies, and the cause cannot be had from the error.
-        with self._lock:
-            if self._opened is None:
-                storage = Storage(self._storage_url)
-                manifest = Manifest.read(storage, self._data_folder)
-                self._opened = ShardCache(storage, manifest, cache_folder(), self._cache_bytes)
-            return self._opened
+    def __init__(self, settings: CacheSettings, folder: str | None, label: str, node: str, coordinator: Any) -> None:
+        """`folder`: the cache folder; None for the default of this node."""
+        self._settings, self._label, self._node, self._coordinator = settings, label, node, coordinator
+        self._incarnation = uuid.uuid4().hex
+        self._uses = NextUses()
+        self._cache = settings.cache(folder or cache_folder(), self._uses, self._turn)
+        self._prefetcher = settings.prefetcher(self._cache, self._uses)
+        self._quarantined: dict[str, ShardInfo] = {}
+        self._gauges: dict[str, Any] = {}
 
     def ready(self) -> bool:
         """True, once the manifest is read; raises DataError when it cannot be."""
-        return self._cache() is not None
+        Manifest.read(Storage(self._settings.storage_url), self._settings.data_folder)
+        self._join()
+        return True
 
-    def path(self, shard: ShardInfo) -> str:
-        """Local path of a verified copy; raises DataError naming the shard."""
-        return self._cache().path(shard)
+    def ping(self) -> str:
+        """A name of this start of the actor."""
+        return self._incarnation
 
-    def prefetch(self, shards: Sequence[ShardInfo]) -> None:
-        """Fetch shards in the background, in this order, as far as they fill half of the cache.
+    def pid(self) -> int:
+        """The actor's process."""
+        return os.getpid()
 
-        A shard that fails here is tried again, and its error raised, when it is asked for.
-        """
-        room = self._cache_bytes // 2
-        for shard in shards:
-            room -= shard.bytes
-            if room < 0:
-                return
-            self._pool.submit(self._cache().path, shard)
+    def path(self, shard: ShardInfo, seconds: float | None = None) -> str:
+        """Path of a verified copy; raises QuarantinedShard, FetchTimeout (after `seconds`) or DataError naming it."""
+        deadline = Deadline(self._cache.timeout_seconds if seconds is None else seconds)
+        try:
+            return self._cache.path(shard, deadline)
+        except DamagedShard as error:
+            # Local storage: there is no turn, and no other node has another copy.
+            raise self._condemned(shard, str(error)) from error
+        finally:
+            self._publish()
+
+    def used(self, shard: ShardInfo, reader: str) -> None:
+        """A reader has leased the shard."""
+        self._prefetcher.used(reader, shard)
+
+    def prefetch(self, shards: Sequence[ShardInfo], reader: str) -> None:
+        """Fetch shards in the background, in this order, as far as the cache has room that is not needed sooner."""
+        self._prefetcher.announce(reader, shards)
+
+    def condemn(self, shard: ShardInfo, reason: str) -> None:
+        """Quarantine a shard; raises QuarantinedShard, or DataError past the budget."""
+        raise self._condemned(shard, reason)
+
+    def restore(self, shards: Sequence[ShardInfo]) -> None:
+        """Quarantine what the run's state names; raises DataError past the budget."""
+        self._quarantined |= {shard.path: shard for shard in shards}
+        self._ask("restore", list(shards))
+
+    def chunk(self, shard: ShardInfo, offset: int, size: int) -> bytes | None:
+        """Some bytes of a verified copy, for another node; None when there is no copy."""
+        held = self._cache.hold(shard)
+        if held is None:
+            return None
+        try:
+            with Path(held.path if held.descriptor is None else f"/dev/fd/{held.descriptor}").open("rb") as file:
+                file.seek(offset)
+                return file.read(size)
+        finally:
+            held.release()
 
     def statistics(self) -> dict[str, int]:
-        """Bytes fetched from storage so far."""
-        return {"fetched_bytes": self._cache().fetched_bytes}
+        """Bytes and requests to storage, bytes from other nodes, hits, misses, evictions, ... since the start."""
+        return self._cache.statistics()
 
-
-class ServerOpener:
-    """Asks this node's server; what a rank gives its Loader as `open_shard`."""
-
-    def __init__(self, server: Any) -> None:
-        self._server = server
-
-    def __call__(self, shard: ShardInfo) -> str:
-        """Local path of a verified copy; raises the server's DataError."""
+    def _join(self) -> None:
         import ray
 
+        me = ray.get_runtime_context().current_actor
+        self._ask("join", self._node, self._incarnation, me, self._cache.digests(), list(self._quarantined.values()))
+
+    @contextmanager
+    def _turn(self, shard: ShardInfo, deadline: Deadline) -> Iterator[Fetch]:
+        """Wait until this node may fetch the shard; say afterwards how it went."""
+        if shard.path in self._quarantined:
+            raise self._settings.quarantine().error(shard.path)
+        source, peer = self._source(shard, deadline)
+        has_it = False
         try:
-            return ray.get(self._server.path.remote(shard))
-        except ray.exceptions.RayTaskError as error:
-            if isinstance(error.cause, TelarError):
-                raise error.cause from error
-            raise
+            yield partial(self._copy, source.node, peer) if source.kind == "copy" else self._cache.from_storage
+            has_it = True
+        except DamagedShard as error:
+            raise self._condemned(shard, str(error)) from error
+        finally:
+            # Not waited for: a coordinator that is gone has forgotten the claim, too.
+            self._coordinator.done.remote(shard.digest, self._node, self._incarnation, has_it)
+
+    def _source(self, shard: ShardInfo, deadline: Deadline) -> tuple[Any, Any]:
+        from data.coordinator import Source
+
+        while True:
+            left = deadline.left()
+            answer = self._ask("source", shard, self._node, self._incarnation, left, seconds=left + COORDINATOR_SECONDS)
+            if answer is None:
+                self._cache.count("without_coordinator", 1)
+                return Source("storage"), None
+            source, peer = answer
+            if source.kind == "join":
+                self._join()
+            elif source.kind != "wait":
+                return source, peer
+            elif deadline.left() <= 0:
+                raise FetchTimeout(
+                    f"shard {shard.path}: node {source.node} has not fetched it within {deadline.seconds:g} s; raise "
+                    "data.fetch_timeout_seconds, or see that node's log"
+                )
+
+    def _copy(self, node: str, peer: Any, shard: ShardInfo, target: Path, deadline: Deadline) -> None:
+        """Copy a shard from another node's cache; raises AskAgain when that one has no good copy."""
+        import ray
+
+        call = peer.chunk.options(concurrency_group="peers")
+        offsets = iter(range(0, shard.bytes, CHUNK_BYTES))
+        calls = [call.remote(shard, offset, CHUNK_BYTES) for offset in islice(offsets, CHUNKS_AHEAD)]
+        try:
+            with target.open("wb") as file:
+                while calls:
+                    chunk = ray.get(calls.pop(0), timeout=min(CHUNK_SECONDS, deadline.left()))
+                    if chunk is None:
+                        raise AskAgain
+                    calls += [call.remote(shard, offset, CHUNK_BYTES) for offset in islice(offsets, 1)]
+                    file.write(chunk)
+                    self._cache.count("peer_bytes", len(chunk))
+            if file_digest(str(target)) != shard.digest:
+                raise AskAgain
+        except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError, AskAgain) as error:
+            self._cache.count("peer_failures", 1)
+            self._ask("lost", shard.digest, node)
+            raise AskAgain from error
+
+    def _condemned(self, shard: ShardInfo, reason: str) -> Exception:
+        try:
+            self._ask("quarantine", shard, reason)
+        except QuarantinedShard as error:
+            self._quarantined[shard.path] = shard
+            return error
+        # The coordinator is gone; its next start learns this when this server joins it.
+        self._quarantined[shard.path] = shard
+        quarantine = self._settings.quarantine()
+        quarantine.restore(self._quarantined.values())
+        return quarantine.error(shard.path, reason)
+
+    def _ask(self, method: str, *arguments: Any, seconds: float = COORDINATOR_SECONDS) -> Any:
+        """The coordinator's answer, or None when it is gone; raises the TelarError that it raises."""
+        return _answer(getattr(self._coordinator, method).remote(*arguments), seconds)
+
+    def _publish(self) -> None:
+        from ray.util.metrics import Gauge
+
+        if not self._gauges:
+            for name, meaning in GAUGES.items():
+                self._gauges[name] = Gauge(f"telar_shards_{name}", description=meaning, tag_keys=("run", "node"))
+                self._gauges[name].set_default_tags({"run": self._label, "node": self._node})
+        counts = self._cache.statistics() | {"quarantined": len(self._quarantined)}
+        for name, gauge in self._gauges.items():
+            gauge.set(float(counts.get(name, 0)))
+
+
+def _answer(call: Any, seconds: float) -> Any:
+    """An actor's answer, or None when it is gone or does not answer in time; raises the TelarError that it raises."""
+    import ray
+
+    try:
+        return ray.get(call, timeout=seconds)
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, TelarError):
+            raise error.cause from error
+        raise
+    except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
+        return None
+
+
+class ServerOpener(CacheOpener):
+    """What a rank gives its Loader as `open_shard`: leases copies itself, asks this node's server for missing ones."""
+
+    def __init__(self, server: Any, settings: CacheSettings, folder: str | None) -> None:
+        super().__init__(settings, folder or cache_folder())
+        self._server = server
+        self._alone_until = 0.0
 
     def prefetch(self, shards: Sequence[ShardInfo]) -> None:
-        """Announce shards that will be needed; does not wait."""
-        self._server.prefetch.remote(list(shards))
+        """Announce shards that will be needed, in order of first use; does not wait."""
+        self._server.prefetch.remote(list(shards), self._reader)
+
+    def restore(self, shards: Sequence[ShardInfo]) -> None:
+        """Quarantine what the run's state names, on all nodes."""
+        super().restore(shards)
+        if shards:
+            _answer(self._server.restore.remote(list(shards)), GRACE_SECONDS)
+
+    def _obtain(self, shard: ShardInfo, deadline: Deadline) -> None:
+        if time.monotonic() >= self._alone_until:
+            left = deadline.left()
+            try:
+                if _answer(self._server.path.remote(shard, left), left + GRACE_SECONDS) is not None:
+                    return
+            except QuarantinedShard as error:
+                self._quarantine.add(shard, str(error))
+                raise
+            self._alone_until = time.monotonic() + RETRY_SECONDS
+            self._cache.count("server_failures", 1)
+        super()._obtain(shard, deadline)
+
+    def _condemn(self, shard: ShardInfo, reason: str) -> Exception:
+        try:
+            _answer(self._server.condemn.remote(shard, reason), GRACE_SECONDS)
+        except QuarantinedShard:
+            return self._quarantine.add(shard, reason)
+        return super()._condemn(shard, reason)
+
+    def _keep(self, shard: ShardInfo, held: Any) -> None:
+        super()._keep(shard, held)
+        if not self._cache.is_local:
+            self._server.used.remote(shard, self._reader)
 
 
-def start_servers(config: RunConfig, storage: Storage, manifest: Manifest, label: str) -> Servers:
-    """Start one server on each node that is alive, named `LABEL/shards-N`; returns handles by node id.
+@dataclass(frozen=True)
+class Servers:
+    """Handles of an attempt's servers by node id, their cache folders (None: the node's default), the coordinator."""
 
-    Raises DataError when a server cannot read the manifest.
+    by_node: dict[str, Any]
+    folders: dict[str, str | None]
+    coordinator: Any
+    settings: CacheSettings
+
+
+def start_servers(
+    config: RunConfig,
+    storage: Storage,
+    manifest: Manifest,
+    label: str,
+    folder_of: Callable[[str], str] | None = None,
+    quarantined: Sequence[str] = (),
+) -> Servers:
+    """Start the coordinator `LABEL/shards` and one server `LABEL/shards-N` on each node that is alive.
+
+    `folder_of` gives a cache folder per node id, for nodes that share a machine; `quarantined` are paths from the
+    run's state. Raises DataError when a server cannot read the manifest.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    actor = ray.remote(ShardServer)
-    servers: Servers = {}
+    from data.coordinator import Coordinator
+
+    settings = CacheSettings(
+        storage.url,
+        manifest.folder,
+        total_tokens(manifest),
+        config.data.cache_bytes,
+        config.data.fetch_timeout_seconds,
+        config.data.quarantine_fraction,
+    )
+    restored = shards_named(manifest, quarantined)
+    settings.quarantine().restore(restored)
+    common: dict[str, Any] = {"namespace": "telar", "num_cpus": 0, "max_restarts": -1}
     nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
+    folders = {node: folder_of(node) if folder_of else None for node in nodes}
+    coordinator = (
+        ray.remote(Coordinator)
+        .options(name=f"{label}/shards", **common)
+        .remote(settings.total_tokens, settings.quarantine_fraction, restored)
+    )
+    servers = Servers({}, folders, coordinator, settings)
+    actor = ray.remote(concurrency_groups=CONCURRENCY_GROUPS)(ShardServer)
     try:
         for number, node in enumerate(nodes):
-            servers[node] = actor.options(
+            servers.by_node[node] = actor.options(
                 name=f"{label}/shards-{number}",
-                namespace="telar",
-                num_cpus=0,
-                max_restarts=-1,
-                max_task_retries=-1,
                 max_concurrency=CALLS_AT_ONCE,
                 scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False),
-            ).remote(storage.url, manifest.folder, config.data.cache_bytes)
-        ray.get([server.ready.remote() for server in servers.values()], timeout=START_TIMEOUT_SECONDS)
+                **common,
+            ).remote(settings, folders[node], label, node, coordinator)
+        ray.get([server.ready.remote() for server in servers.by_node.values()], timeout=START_TIMEOUT_SECONDS)
     except BaseException as error:
         stop_servers(servers)
         cause = getattr(error, "cause", None)
@@ -131,11 +342,12 @@ def start_servers(config: RunConfig, storage: Storage, manifest: Manifest, label
 
 
 def stop_servers(servers: Servers | None) -> None:
-    """End the servers; their copies stay on disk for the next attempt. None is fine."""
+    """End the servers and the coordinator; their copies stay on disk for the next attempt. None is fine."""
     import ray
 
-    for server in (servers or {}).values():
-        ray.kill(server)
+    if servers is not None:
+        for actor in (*servers.by_node.values(), servers.coordinator):
+            ray.kill(actor)
 
 
 def shard_opener(servers: Servers) -> ServerOpener:
@@ -143,13 +355,6 @@ def shard_opener(servers: Servers) -> ServerOpener:
     import ray
 
     node = ray.get_runtime_context().get_node_id()
-    if node not in servers:
+    if node not in servers.by_node:
         raise DataError(f"no shard server runs on node {node}; it joined the cluster after the attempt had started")
-    return ServerOpener(servers[node])
-
-
-def plain_opener(
-    storage: Storage, manifest: Manifest, folder: str | None = None, cache_bytes: int = DEFAULT_CACHE_BYTES
-) -> Callable[[ShardInfo], str]:
-    """An opener for a process without Ray: verifies local shards in place, copies others below `folder`."""
-    return ShardCache(storage, manifest, folder or cache_folder(), cache_bytes).path
+    return ServerOpener(servers.by_node[node], servers.settings, servers.folders[node])
