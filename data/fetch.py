@@ -149,8 +149,8 @@ class StorageFetch:
                     break
                 if deadline.left() <= 0 or progress.bytes == seen:
                     progress.abandoned.set()
-                    future.cancel()
-                    progress.ended.wait(CANCEL_SECONDS)
+                    if future.cancel():
+                        progress.ended.wait(CANCEL_SECONDS)
                     return TimeoutError(f"{progress.bytes} of {shard.bytes} bytes after {stall:g} s without a new one")
             return future.exception()
         finally:

@@ -12,7 +12,7 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from data.quarantine import QuarantinedShard, shards_named, total_tokens
 from data.shard_cache import AskAgain, Fetch
 from data.shards import file_digest
 
+NAMESPACE = "telar"
 CALLS_AT_ONCE = 32
 # Peers and the coordinator are answered even while all other calls wait for storage.
 CONCURRENCY_GROUPS = {"control": 2, "peers": 4}
@@ -56,9 +57,9 @@ __all__ = ["CacheOpener", "ServerOpener", "Servers", "ShardServer", "cache_folde
 class ShardServer:
     """The actor's class. `path` answers when the copy is there; `prefetch` returns at once."""
 
-    def __init__(self, settings: CacheSettings, folder: str | None, label: str, node: str, coordinator: Any) -> None:
+    def __init__(self, settings: CacheSettings, folder: str | None, label: str, node: str) -> None:
         """`folder`: the cache folder; None for the default of this node."""
-        self._settings, self._label, self._node, self._coordinator = settings, label, node, coordinator
+        self._settings, self._label, self._node = settings, label, node
         self._incarnation = uuid.uuid4().hex
         self._uses = NextUses()
         self._cache = settings.cache(folder or cache_folder(), self._uses, self._turn)
@@ -129,6 +130,13 @@ class ShardServer:
 
         me = ray.get_runtime_context().current_actor
         self._ask("join", self._node, self._incarnation, me, self._cache.digests(), list(self._quarantined.values()))
+
+    @cached_property
+    def _coordinator(self) -> Any:
+        import ray
+
+        # By name, for a handle among the constructor's arguments would have to outlive restarts in the object store.
+        return ray.get_actor(coordinator_name(self._label), namespace=NAMESPACE)
 
     @contextmanager
     def _turn(self, shard: ShardInfo, deadline: Deadline) -> Iterator[Fetch]:
@@ -238,10 +246,12 @@ class ServerOpener(CacheOpener):
         super().__init__(settings, folder or cache_folder())
         self._server = server
         self._alone_until = 0.0
+        self._announced: list[ShardInfo] = []
 
     def prefetch(self, shards: Sequence[ShardInfo]) -> None:
         """Announce shards that will be needed, in order of first use; does not wait."""
-        self._server.prefetch.remote(list(shards), self._reader)
+        self._announced = list(shards)
+        self._server.prefetch.remote(self._announced, self._reader)
 
     def restore(self, shards: Sequence[ShardInfo]) -> None:
         """Quarantine what the run's state names, on all nodes."""
@@ -254,6 +264,10 @@ class ServerOpener(CacheOpener):
             left = deadline.left()
             try:
                 if _answer(self._server.path.remote(shard, left), left + GRACE_SECONDS) is not None:
+                    if self._alone_until:
+                        # A server that was started anew knows nothing of what was announced.
+                        self._alone_until = 0.0
+                        self._server.prefetch.remote(self._announced, self._reader)
                     return
             except QuarantinedShard as error:
                 self._quarantine.add(shard, str(error))
@@ -273,6 +287,11 @@ class ServerOpener(CacheOpener):
         super()._keep(shard, held)
         if not self._cache.is_local:
             self._server.used.remote(shard, self._reader)
+
+
+def coordinator_name(label: str) -> str:
+    """Name of an attempt's coordinator actor."""
+    return f"{label}/shards"
 
 
 @dataclass(frozen=True)
@@ -313,12 +332,12 @@ def start_servers(
     )
     restored = shards_named(manifest, quarantined)
     settings.quarantine().restore(restored)
-    common: dict[str, Any] = {"namespace": "telar", "num_cpus": 0, "max_restarts": -1}
+    common: dict[str, Any] = {"namespace": NAMESPACE, "num_cpus": 0, "max_restarts": -1}
     nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
     folders = {node: folder_of(node) if folder_of else None for node in nodes}
     coordinator = (
         ray.remote(Coordinator)
-        .options(name=f"{label}/shards", **common)
+        .options(name=coordinator_name(label), **common)
         .remote(settings.total_tokens, settings.quarantine_fraction, restored)
     )
     servers = Servers({}, folders, coordinator, settings)
@@ -330,7 +349,7 @@ def start_servers(
                 max_concurrency=CALLS_AT_ONCE,
                 scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False),
                 **common,
-            ).remote(settings, folders[node], label, node, coordinator)
+            ).remote(settings, folders[node], label, node)
         ray.get([server.ready.remote() for server in servers.by_node.values()], timeout=START_TIMEOUT_SECONDS)
     except BaseException as error:
         stop_servers(servers)

@@ -16,7 +16,7 @@ class Faults:
 
     `answers`: taken one per request, in turn: an HTTP status, "stall" (headers, half of the content, then nothing
     until the store closes), "silent" (no answer at all), "cut" (the connection ends half way), "short" (half of the
-    content as if it were all). "*" holds for files without an entry. `always` likewise, for every request.
+    content as if it were all), "flip" (one bit is wrong), "fine". "*" holds for files without an entry. `always` likewise, for every request.
     `flipped`: byte to flip, by file name. `bytes_per_second`: for all connections together, 0 is unlimited.
     """
 
@@ -86,6 +86,8 @@ class FaultyStore:
         if name in self.faults.flipped:
             content[self.faults.flipped[name]] ^= 16
         half = len(content) // 2
+        if answer == "flip":
+            content[half] ^= 16
         if answer == "short":
             content = content[:half]
         handler.send_response(200)
