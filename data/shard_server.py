@@ -39,6 +39,7 @@ COORDINATOR_SECONDS = 10.0
 START_TIMEOUT_SECONDS = 120.0
 # After a call to a dead actor, how long a rank fetches by itself before it tries the actor again.
 RETRY_SECONDS = 2.0
+POLL_SECONDS = 0.2
 # What a rank waits longer than the server, whose own deadline gives the better error.
 GRACE_SECONDS = 5.0
 GAUGES = {
@@ -159,7 +160,13 @@ class ShardServer:
 
         while True:
             left = deadline.left()
-            answer = self._ask("source", shard, self._node, self._incarnation, left, seconds=left + COORDINATOR_SECONDS)
+            try:
+                answer = self._ask(
+                    "source", shard, self._node, self._incarnation, left, seconds=left + COORDINATOR_SECONDS
+                )
+            except QuarantinedShard:
+                self._quarantined[shard.path] = shard
+                raise
             if answer is None:
                 self._cache.count("without_coordinator", 1)
                 return Source("storage"), None
@@ -261,20 +268,33 @@ class ServerOpener(CacheOpener):
 
     def _obtain(self, shard: ShardInfo, deadline: Deadline) -> None:
         if time.monotonic() >= self._alone_until:
-            left = deadline.left()
-            try:
-                if _answer(self._server.path.remote(shard, left), left + GRACE_SECONDS) is not None:
-                    if self._alone_until:
-                        # A server that was started anew knows nothing of what was announced.
-                        self._alone_until = 0.0
-                        self._server.prefetch.remote(self._announced, self._reader)
-                    return
-            except QuarantinedShard as error:
-                self._quarantine.add(shard, str(error))
-                raise
+            if self._served(shard, deadline):
+                return
             self._alone_until = time.monotonic() + RETRY_SECONDS
             self._cache.count("server_failures", 1)
-        super()._obtain(shard, deadline)
+        try:
+            super()._obtain(shard, deadline)
+        except DamagedShard:
+            # Another node may have a good copy, and whether to mask the samples is decided for all: by the server.
+            while not self._served(shard, deadline):
+                if deadline.left() <= 0:
+                    raise
+                time.sleep(POLL_SECONDS)
+
+    def _served(self, shard: ShardInfo, deadline: Deadline) -> bool:
+        """Whether the server lives and has brought a copy; raises what it raises."""
+        left = deadline.left()
+        try:
+            if _answer(self._server.path.remote(shard, left), left + GRACE_SECONDS) is None:
+                return False
+        except QuarantinedShard as error:
+            self._quarantine.add(shard, str(error))
+            raise
+        if self._alone_until:
+            # A server that was started anew knows nothing of what was announced.
+            self._alone_until = 0.0
+            self._server.prefetch.remote(self._announced, self._reader)
+        return True
 
     def _condemn(self, shard: ShardInfo, reason: str) -> Exception:
         try:

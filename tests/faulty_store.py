@@ -16,7 +16,8 @@ class Faults:
 
     `answers`: taken one per request, in turn: an HTTP status, "stall" (headers, half of the content, then nothing
     until the store closes), "silent" (no answer at all), "cut" (the connection ends half way), "short" (half of the
-    content as if it were all), "flip" (one bit is wrong), "fine". "*" holds for files without an entry. `always` likewise, for every request.
+    content as if it were all), "flip" (one bit is wrong), "fine". "*" holds for files without an entry. `always`
+    likewise, for every request.
     `flipped`: byte to flip, by file name. `bytes_per_second`: for all connections together, 0 is unlimited.
     """
 
