@@ -11,7 +11,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
@@ -63,16 +63,17 @@ class ShardServer:
         self._settings, self._label, self._node = settings, label, node
         self._incarnation = uuid.uuid4().hex
         self._uses = NextUses()
-        self._cache = settings.cache(folder or cache_folder(), self._uses, self._turn)
+        self._folder = folder or cache_folder()
+        self._cache = settings.cache(self._folder, self._uses, self._turn)
         self._prefetcher = settings.prefetcher(self._cache, self._uses)
         self._quarantined: dict[str, ShardInfo] = {}
         self._gauges: dict[str, Any] = {}
 
-    def ready(self) -> bool:
-        """True, once the manifest is read; raises DataError when it cannot be."""
+    def ready(self) -> str:
+        """The cache folder, once the manifest is read; raises DataError when it cannot be."""
         Manifest.read(Storage(self._settings.storage_url), self._settings.data_folder)
         self._join()
-        return True
+        return self._folder
 
     def ping(self) -> str:
         """A name of this start of the actor."""
@@ -142,18 +143,23 @@ class ShardServer:
     @contextmanager
     def _turn(self, shard: ShardInfo, deadline: Deadline) -> Iterator[Fetch]:
         """Wait until this node may fetch the shard; say afterwards how it went."""
-        if shard.path in self._quarantined:
-            raise self._settings.quarantine().error(shard.path)
         source, peer = self._source(shard, deadline)
         has_it = False
         try:
-            yield partial(self._copy, source.node, peer) if source.kind == "copy" else self._cache.from_storage
+            yield partial(self._copy, source.node, peer) if source.kind == "copy" else self._from_storage
             has_it = True
-        except DamagedShard as error:
-            raise self._condemned(shard, str(error)) from error
         finally:
             # Not waited for: a coordinator that is gone has forgotten the claim, too.
             self._coordinator.done.remote(shard.digest, self._node, self._incarnation, has_it)
+
+    def _from_storage(self, shard: ShardInfo, target: Path, deadline: Deadline) -> None:
+        """Fetch, under the lock of the shard: a thread that waited for it does not fetch again what is damaged."""
+        if shard.path in self._quarantined:
+            raise self._settings.quarantine().error(shard.path)
+        try:
+            self._cache.from_storage(shard, target, deadline)
+        except DamagedShard as error:
+            raise self._condemned(shard, str(error)) from error
 
     def _source(self, shard: ShardInfo, deadline: Deadline) -> tuple[Any, Any]:
         from data.coordinator import Source
@@ -246,25 +252,31 @@ def _answer(call: Any, seconds: float) -> Any:
         return None
 
 
+def _slim(shard: ShardInfo) -> ShardInfo:
+    """The shard without its list of record batches, which a server does not need."""
+    return replace(shard, batches=()) if len(getattr(shard, "batches", ())) else shard
+
+
 class ServerOpener(CacheOpener):
     """What a rank gives its Loader as `open_shard`: leases copies itself, asks this node's server for missing ones."""
 
-    def __init__(self, server: Any, settings: CacheSettings, folder: str | None) -> None:
-        super().__init__(settings, folder or cache_folder())
+    def __init__(self, server: Any, settings: CacheSettings, folder: str) -> None:
+        """`folder` is the server's cache folder."""
+        super().__init__(settings, folder)
         self._server = server
         self._alone_until = 0.0
         self._announced: list[ShardInfo] = []
 
     def prefetch(self, shards: Sequence[ShardInfo]) -> None:
         """Announce shards that will be needed, in order of first use; does not wait."""
-        self._announced = list(shards)
+        self._announced = [_slim(shard) for shard in shards]
         self._server.prefetch.remote(self._announced, self._reader)
 
     def restore(self, shards: Sequence[ShardInfo]) -> None:
         """Quarantine what the run's state names, on all nodes."""
         super().restore(shards)
         if shards:
-            _answer(self._server.restore.remote(list(shards)), GRACE_SECONDS)
+            _answer(self._server.restore.remote([_slim(shard) for shard in shards]), GRACE_SECONDS)
 
     def _obtain(self, shard: ShardInfo, deadline: Deadline) -> None:
         if time.monotonic() >= self._alone_until:
@@ -285,7 +297,7 @@ class ServerOpener(CacheOpener):
         """Whether the server lives and has brought a copy; raises what it raises."""
         left = deadline.left()
         try:
-            if _answer(self._server.path.remote(shard, left), left + GRACE_SECONDS) is None:
+            if _answer(self._server.path.remote(_slim(shard), left), left + GRACE_SECONDS) is None:
                 return False
         except QuarantinedShard as error:
             self._quarantine.add(shard, str(error))
@@ -298,7 +310,7 @@ class ServerOpener(CacheOpener):
 
     def _condemn(self, shard: ShardInfo, reason: str) -> Exception:
         try:
-            _answer(self._server.condemn.remote(shard, reason), GRACE_SECONDS)
+            _answer(self._server.condemn.remote(_slim(shard), reason), GRACE_SECONDS)
         except QuarantinedShard:
             return self._quarantine.add(shard, reason)
         return super()._condemn(shard, reason)
@@ -306,7 +318,7 @@ class ServerOpener(CacheOpener):
     def _keep(self, shard: ShardInfo, held: Any) -> None:
         super()._keep(shard, held)
         if not self._cache.is_local:
-            self._server.used.remote(shard, self._reader)
+            self._server.used.remote(_slim(shard), self._reader)
 
 
 def coordinator_name(label: str) -> str:
@@ -316,10 +328,10 @@ def coordinator_name(label: str) -> str:
 
 @dataclass(frozen=True)
 class Servers:
-    """Handles of an attempt's servers by node id, their cache folders (None: the node's default), the coordinator."""
+    """Handles of an attempt's servers and their cache folders, both by node id, and the coordinator."""
 
     by_node: dict[str, Any]
-    folders: dict[str, str | None]
+    folders: dict[str, str]
     coordinator: Any
     settings: CacheSettings
 
@@ -350,17 +362,16 @@ def start_servers(
         config.data.fetch_timeout_seconds,
         config.data.quarantine_fraction,
     )
-    restored = shards_named(manifest, quarantined)
+    restored = [_slim(shard) for shard in shards_named(manifest, quarantined)]
     settings.quarantine().restore(restored)
     common: dict[str, Any] = {"namespace": NAMESPACE, "num_cpus": 0, "max_restarts": -1}
     nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
-    folders = {node: folder_of(node) if folder_of else None for node in nodes}
     coordinator = (
         ray.remote(Coordinator)
         .options(name=coordinator_name(label), **common)
         .remote(settings.total_tokens, settings.quarantine_fraction, restored)
     )
-    servers = Servers({}, folders, coordinator, settings)
+    servers = Servers({}, {}, coordinator, settings)
     actor = ray.remote(concurrency_groups=CONCURRENCY_GROUPS)(ShardServer)
     try:
         for number, node in enumerate(nodes):
@@ -369,8 +380,9 @@ def start_servers(
                 max_concurrency=CALLS_AT_ONCE,
                 scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False),
                 **common,
-            ).remote(settings, folders[node], label, node)
-        ray.get([server.ready.remote() for server in servers.by_node.values()], timeout=START_TIMEOUT_SECONDS)
+            ).remote(settings, folder_of(node) if folder_of else None, label, node)
+        ready = [servers.by_node[node].ready.remote() for node in nodes]
+        servers.folders.update(zip(nodes, ray.get(ready, timeout=START_TIMEOUT_SECONDS), strict=True))
     except BaseException as error:
         stop_servers(servers)
         cause = getattr(error, "cause", None)
