@@ -22,6 +22,15 @@ from data.quarantine import Quarantine
 CHECK_SECONDS = 1.0
 PING_SECONDS = 5.0
 STATISTICS_SECONDS = 10.0
+# What a call to an actor ends in when the actor, its process or its machine is gone or does not answer in time.
+GONE = (
+    ray.exceptions.RayActorError,
+    ray.exceptions.ActorUnschedulableError,
+    ray.exceptions.NodeDiedError,
+    ray.exceptions.ObjectLostError,
+    ray.exceptions.GetTimeoutError,
+    TimeoutError,
+)
 
 
 @dataclass(frozen=True)
@@ -85,7 +94,10 @@ class _Member:
 
 
 class Coordinator:
-    """The actor's class. Servers say in each call which incarnation they are; an unknown one is told to join."""
+    """The actor's class. Servers say in each call which incarnation they are; an unknown one is told to join.
+
+    Calls without a result answer True: None is what a server sees of a coordinator that is gone.
+    """
 
     def __init__(self, total_tokens: int, fraction: float, quarantined: Sequence[ShardInfo] = ()) -> None:
         """Budget of the quarantine, and what an earlier attempt quarantined."""
@@ -98,12 +110,13 @@ class Coordinator:
 
     async def join(
         self, node: str, incarnation: str, server: Any, digests: Sequence[str], quarantined: Sequence[ShardInfo]
-    ) -> None:
+    ) -> bool:
         """A node's server has started, or found that this coordinator does not know it."""
         self._members[node] = _Member(server, incarnation)
         self._directory.join(node, digests)
         self._quarantine.restore(quarantined)
         self._wake()
+        return True
 
     async def source(self, shard: ShardInfo, node: str, incarnation: str, seconds: float) -> tuple[Source, Any]:
         """Where this node is to take a shard from, and the server to copy it from; waits at most `seconds`.
@@ -130,17 +143,19 @@ class Coordinator:
             except TimeoutError:
                 await self._check(source.node)
 
-    async def done(self, digest: str, node: str, incarnation: str, has_it: bool) -> None:
+    async def done(self, digest: str, node: str, incarnation: str, has_it: bool) -> bool:
         """The node's fetch has ended; those who wait for it go on."""
         member = self._members.get(node)
         if member is not None and member.incarnation == incarnation:
             self._directory.done(digest, node, has_it)
             self._wake()
+        return True
 
-    async def lost(self, digest: str, node: str) -> None:
+    async def lost(self, digest: str, node: str) -> bool:
         """The node had no good copy when it was asked for one."""
         self._directory.lost(digest, node)
         self._wake()
+        return True
 
     async def quarantine(self, shard: ShardInfo, reason: str) -> None:
         """Quarantine a shard for all nodes; raises QuarantinedShard, or DataError past the budget."""
@@ -148,9 +163,10 @@ class Coordinator:
         self._wake()
         raise error
 
-    async def restore(self, shards: Sequence[ShardInfo]) -> None:
+    async def restore(self, shards: Sequence[ShardInfo]) -> bool:
         """Quarantine what the run's state names; raises DataError past the budget."""
         self._quarantine.restore(shards)
+        return True
 
     async def quarantined(self) -> list[str]:
         """Paths of quarantined shards, for the run's state."""
@@ -188,5 +204,5 @@ async def _answer(method: Any, seconds: float) -> Any:
     try:
         call = method.options(concurrency_group="control").remote()
         return await asyncio.wait_for(asyncio.wrap_future(call.future()), seconds)
-    except (ray.exceptions.RayActorError, TimeoutError):
+    except GONE:
         return None

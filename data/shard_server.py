@@ -39,6 +39,7 @@ COORDINATOR_SECONDS = 10.0
 START_TIMEOUT_SECONDS = 120.0
 # After a call to a dead actor, how long a rank fetches by itself before it tries the actor again.
 RETRY_SECONDS = 2.0
+COORDINATOR_RETRY_SECONDS = 5.0
 POLL_SECONDS = 0.2
 # What a rank waits longer than the server, whose own deadline gives the better error.
 GRACE_SECONDS = 5.0
@@ -68,6 +69,7 @@ class ShardServer:
         self._prefetcher = settings.prefetcher(self._cache, self._uses)
         self._quarantined: dict[str, ShardInfo] = {}
         self._gauges: dict[str, Any] = {}
+        self._alone_until = 0.0
 
     def ready(self) -> str:
         """The cache folder, once the manifest is read; raises DataError when it cannot be."""
@@ -191,6 +193,8 @@ class ShardServer:
         """Copy a shard from another node's cache; raises AskAgain when that one has no good copy."""
         import ray
 
+        from data.coordinator import GONE
+
         call = peer.chunk.options(concurrency_group="peers")
         offsets = iter(range(0, shard.bytes, CHUNK_BYTES))
         calls = [call.remote(shard, offset, CHUNK_BYTES) for offset in islice(offsets, CHUNKS_AHEAD)]
@@ -205,7 +209,7 @@ class ShardServer:
                     self._cache.count("peer_bytes", len(chunk))
             if file_digest(str(target)) != shard.digest:
                 raise AskAgain
-        except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError, AskAgain) as error:
+        except (*GONE, AskAgain) as error:
             self._cache.count("peer_failures", 1)
             self._ask("lost", shard.digest, node)
             raise AskAgain from error
@@ -223,8 +227,16 @@ class ShardServer:
         return quarantine.error(shard.path, reason)
 
     def _ask(self, method: str, *arguments: Any, seconds: float = COORDINATOR_SECONDS) -> Any:
-        """The coordinator's answer, or None when it is gone; raises the TelarError that it raises."""
-        return _answer(getattr(self._coordinator, method).remote(*arguments), seconds)
+        """The coordinator's answer; raises the TelarError that it raises.
+
+        None when it is gone. A call to an actor on a lost machine takes seconds to fail: it is left alone for a while.
+        """
+        if time.monotonic() < self._alone_until:
+            return None
+        answer = _answer(getattr(self._coordinator, method).remote(*arguments), seconds)
+        if answer is None:
+            self._alone_until = time.monotonic() + COORDINATOR_RETRY_SECONDS
+        return answer
 
     def _publish(self) -> None:
         from ray.util.metrics import Gauge
@@ -242,13 +254,15 @@ def _answer(call: Any, seconds: float) -> Any:
     """An actor's answer, or None when it is gone or does not answer in time; raises the TelarError that it raises."""
     import ray
 
+    from data.coordinator import GONE
+
     try:
         return ray.get(call, timeout=seconds)
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, TelarError):
             raise error.cause from error
         raise
-    except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
+    except GONE:
         return None
 
 
@@ -368,7 +382,12 @@ def start_servers(
     nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
     coordinator = (
         ray.remote(Coordinator)
-        .options(name=coordinator_name(label), **common)
+        .options(
+            name=coordinator_name(label),
+            # With this process, whose end is the attempt's: no other machine's loss takes the coordinator along.
+            scheduling_strategy=NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True),
+            **common,
+        )
         .remote(settings.total_tokens, settings.quarantine_fraction, restored)
     )
     servers = Servers({}, {}, coordinator, settings)
@@ -381,13 +400,17 @@ def start_servers(
                 scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False),
                 **common,
             ).remote(settings, folder_of(node) if folder_of else None, label, node)
-        ready = [servers.by_node[node].ready.remote() for node in nodes]
-        servers.folders.update(zip(nodes, ray.get(ready, timeout=START_TIMEOUT_SECONDS), strict=True))
-    except BaseException as error:
+        ready = {node: server.ready.remote() for node, server in servers.by_node.items()}
+        deadline = Deadline(START_TIMEOUT_SECONDS)
+        for node, call in ready.items():
+            folder = _answer(call, deadline.left())
+            if folder is None:
+                # Ray lists a machine as alive for some seconds after its loss; a rank there would name what is missing.
+                ray.kill(servers.by_node.pop(node))
+            else:
+                servers.folders[node] = folder
+    except BaseException:
         stop_servers(servers)
-        cause = getattr(error, "cause", None)
-        if isinstance(cause, TelarError):
-            raise cause from error
         raise
     return servers
 
@@ -407,5 +430,8 @@ def shard_opener(servers: Servers) -> ServerOpener:
 
     node = ray.get_runtime_context().get_node_id()
     if node not in servers.by_node:
-        raise DataError(f"no shard server runs on node {node}; it joined the cluster after the attempt had started")
+        raise DataError(
+            f"no shard server runs on node {node}: it joined the cluster after the attempt had started, or its server "
+            f"did not start within {START_TIMEOUT_SECONDS:g} s (see the logs of its Ray workers); start the run again"
+        )
     return ServerOpener(servers.by_node[node], servers.settings, servers.folders[node])

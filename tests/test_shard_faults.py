@@ -306,6 +306,25 @@ def test_an_evicted_file_stays_readable_for_whoever_has_mapped_it(store, tmp_pat
     assert table["target"].to_pylist() == [row[1] for row in store.tokens[store.infos[0].path]]
 
 
+def test_open_files_do_not_grow_and_old_leases_end(store, tmp_path, monkeypatch):
+    monkeypatch.setattr("data.opener.LEASES", 2)
+    opener = opener_of(store, tmp_path)
+
+    def held_open():
+        targets = [str(link.resolve()) for link in Path("/proc/self/fd").iterdir()]
+        return sum(target.startswith(str(tmp_path.resolve())) for target in targets)
+
+    assert delivered(opener, store.infos, store.tokens) == {}
+    before = held_open()
+    for _ in range(50):
+        for info in store.infos:
+            opener(info)
+    assert held_open() == before
+    opener.close()
+    assert held_open() == before - 2
+    assert all(store.requests[name_of(info)] == 1 for info in store.infos)
+
+
 def wait_for(condition, what):
     deadline = Deadline(20)
     while not condition():

@@ -72,8 +72,8 @@ def test_the_first_node_that_asks_fetches_and_the_others_copy_in_turn():
 
 
 @pytest.fixture(scope="module")
-def ray_cluster():
-    """Two nodes on this machine."""
+def cluster():
+    """Two nodes on this machine; this process is connected to them."""
     ray = pytest.importorskip("ray")
     from ray.cluster_utils import Cluster
 
@@ -82,9 +82,15 @@ def ray_cluster():
     cluster.add_node(**limits)
     cluster.wait_for_nodes()
     ray.init(address=cluster.address, log_to_driver=False)
-    yield ray
+    yield cluster
     ray.shutdown()
     cluster.shutdown()
+
+
+@pytest.fixture
+def ray_cluster(cluster):
+    """The module, connected to the cluster."""
+    return pytest.importorskip("ray")
 
 
 @pytest.mark.ray
@@ -266,6 +272,17 @@ def test_a_copy_on_another_node_saves_a_shard_that_is_damaged_in_storage(two, st
 
 @pytest.mark.ray
 @pytest.mark.slow
+def test_a_rank_without_its_server_does_not_quarantine_what_another_node_has(two, store):
+    pair, first = two(fraction=0.5), store.infos[:1]
+    assert delivered(pair.openers[1], first, store.tokens) == {}
+    store.faults.flipped[Path(first[0].path).name] = 0
+    pair.kill(0)
+    assert delivered(pair.openers[0], first, store.tokens) == {}
+    assert pair.openers[0].quarantined() == [] and pair.statistics()["quarantined"] == 0
+
+
+@pytest.mark.ray
+@pytest.mark.slow
 def test_damage_beyond_the_budget_reaches_the_rank_as_it_is(two, store):
     store.faults.flipped[Path(store.infos[0].path).name] = 0
     with pytest.raises(DataError, match=r"quarantine_fraction = 0 allows: shards/c/00000-000\.arrow") as e:
@@ -329,6 +346,30 @@ def test_a_node_that_dies_in_the_middle_of_a_fetch_is_replaced_by_the_next(two, 
 
 @pytest.mark.ray
 @pytest.mark.slow
+def test_a_machine_that_is_lost_in_the_middle_of_a_fetch_is_replaced_by_the_next(two, store, cluster):
+    machine = cluster.add_node(num_cpus=1, object_store_memory=80 * 2**20)
+    trio, info = two(), store.infos[0]
+    assert len(trio.nodes) == 3
+    lost = trio.nodes.index(machine.node_id)
+    store.faults.answers[Path(info.path).name] = deque(["silent"])
+    trio.server(lost).path.remote(info)
+    deadline = Deadline(20)
+    while not requests_of(store, [info])[0]:
+        assert deadline.left() > 0
+        time.sleep(0.01)
+    cluster.remove_node(machine, allow_graceful=False)
+    other = next(number for number in range(3) if number != lost)
+    started = time.monotonic()
+    opener = trio.opener(other)
+    trio.openers.append(opener)
+    assert delivered(opener, store.infos, store.tokens) == {}
+    assert time.monotonic() - started < 20
+    assert opener.statistics().get("server_failures", 0) == 0, "the rank gave up its own server"
+    assert requests_of(store, store.infos) == [2, *[1] * (len(store.infos) - 1)]
+
+
+@pytest.mark.ray
+@pytest.mark.slow
 def test_without_the_coordinator_every_node_fetches_for_itself(two, store):
     pair = two()
     assert delivered(pair.openers[0], store.infos[:2], store.tokens) == {}
@@ -346,11 +387,22 @@ def test_a_coordinator_that_is_started_again_learns_who_has_what(two, store):
     store.faults.flipped[Path(bad.path).name] = 0
     assert list(delivered(pair.openers[0], store.infos[:6], store.tokens)) == [bad.path]
     pair.ray.kill(pair.servers.coordinator, no_restart=False)
-    assert delivered(pair.openers[0], store.infos[6:], store.tokens) == {}
-    assert list(delivered(pair.openers[1], store.infos, store.tokens)) == [bad.path]
-    # Node 0 told the new one of its copies and of the quarantine when it asked for its seventh shard.
-    assert sum(requests_of(store, store.infos[1:])) <= len(store.infos)
-    assert requests_of(store, [bad]) == [2]
+    deadline = Deadline(40)
+    while True:
+        for opener in pair.openers:
+            # Whoever needs a shard tells the new coordinator what it has, and what is quarantined.
+            for number in range(2):
+                pair.copy(number, store.infos[1]).unlink(missing_ok=True)
+            assert delivered(opener, store.infos[1:2], store.tokens) == {}
+        try:
+            if pair.statistics()["nodes"] == 2:
+                break
+        except pair.ray.exceptions.RayActorError:
+            assert deadline.left() > 0, "the coordinator does not come back"
+        assert deadline.left() > 0, "the nodes do not join again"
+    before = requests_of(store, store.infos)
+    assert list(delivered(pair.openers[1], store.infos[:6], store.tokens)) == [bad.path]
+    assert requests_of(store, store.infos) == before and before[0] == 2
 
 
 @pytest.mark.ray
