@@ -24,8 +24,9 @@ from data.eviction import NextUses
 from data.fetch import DamagedShard, Deadline, FetchTimeout
 from data.manifest import Manifest, ShardInfo
 from data.opener import CacheOpener, CacheSettings, cache_folder, plain_opener
+from data.prefetch import Prefetcher
 from data.quarantine import QuarantinedShard, shards_named, total_tokens
-from data.shard_cache import AskAgain, Fetch
+from data.shard_cache import AskAgain, Fetch, ShardCache
 from data.shards import file_digest
 
 NAMESPACE = "telar"
@@ -65,11 +66,19 @@ class ShardServer:
         self._incarnation = uuid.uuid4().hex
         self._uses = NextUses()
         self._folder = folder or cache_folder()
-        self._cache = settings.cache(self._folder, self._uses, self._turn)
-        self._prefetcher = settings.prefetcher(self._cache, self._uses)
         self._quarantined: dict[str, ShardInfo] = {}
         self._gauges: dict[str, Any] = {}
+        self._found: Any = None
         self._alone_until = 0.0
+
+    # Not in the constructor: an actor whose constructor raises dies, and the cause cannot be had from the error.
+    @cached_property
+    def _cache(self) -> ShardCache:
+        return self._settings.cache(self._folder, self._uses, self._turn)
+
+    @cached_property
+    def _prefetcher(self) -> Prefetcher:
+        return self._settings.prefetcher(self._cache, self._uses)
 
     def ready(self) -> str:
         """The cache folder, once the manifest is read; raises DataError when it cannot be."""
@@ -135,12 +144,18 @@ class ShardServer:
         me = ray.get_runtime_context().current_actor
         self._ask("join", self._node, self._incarnation, me, self._cache.digests(), list(self._quarantined.values()))
 
-    @cached_property
+    @property
     def _coordinator(self) -> Any:
+        """The coordinator's handle, or None when it has ended for good."""
         import ray
 
-        # By name, for a handle among the constructor's arguments would have to outlive restarts in the object store.
-        return ray.get_actor(coordinator_name(self._label), namespace=NAMESPACE)
+        if self._found is None:
+            try:
+                # By name: a handle among the constructor's arguments would have to outlive restarts in the object store.
+                self._found = ray.get_actor(coordinator_name(self._label), namespace=NAMESPACE)
+            except ValueError:
+                return None
+        return self._found
 
     @contextmanager
     def _turn(self, shard: ShardInfo, deadline: Deadline) -> Iterator[Fetch]:
@@ -151,8 +166,9 @@ class ShardServer:
             yield partial(self._copy, source.node, peer) if source.kind == "copy" else self._from_storage
             has_it = True
         finally:
-            # Not waited for: a coordinator that is gone has forgotten the claim, too.
-            self._coordinator.done.remote(shard.digest, self._node, self._incarnation, has_it)
+            if source.kind != "alone":
+                # Not waited for: a coordinator that is gone has forgotten the claim, too.
+                self._coordinator.done.remote(shard.digest, self._node, self._incarnation, has_it)
 
     def _from_storage(self, shard: ShardInfo, target: Path, deadline: Deadline) -> None:
         """Fetch, under the lock of the shard: a thread that waited for it does not fetch again what is damaged."""
@@ -177,7 +193,7 @@ class ShardServer:
                 raise
             if answer is None:
                 self._cache.count("without_coordinator", 1)
-                return Source("storage"), None
+                return Source("alone"), None
             source, peer = answer
             if source.kind == "join":
                 self._join()
@@ -233,7 +249,8 @@ class ShardServer:
         """
         if time.monotonic() < self._alone_until:
             return None
-        answer = _answer(getattr(self._coordinator, method).remote(*arguments), seconds)
+        coordinator = self._coordinator
+        answer = coordinator and _answer(getattr(coordinator, method).remote(*arguments), seconds)
         if answer is None:
             self._alone_until = time.monotonic() + COORDINATOR_RETRY_SECONDS
         return answer

@@ -435,6 +435,8 @@ def test_servers_hand_out_local_files_in_place_and_name_what_is_damaged(tmp_path
             assert "does not match its digest" in str(errors[infos[1].path])
     finally:
         stop_servers(servers)
+    with FaultyStore(tmp_path / "store") as remote, pytest.raises(DataError, match=r"shard cache .*: Not a directory"):
+        start_servers(make_config(tmp_path), Storage(remote.url), manifest, "test/local-3", lambda _: f"{path}/cache")
     storage.remove("data/abc/manifest.json")
     with pytest.raises(DataError, match=r"manifest\.json does not exist"):
         start_servers(make_config(tmp_path), storage, manifest, "test/local-2")
