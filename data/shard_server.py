@@ -151,7 +151,7 @@ class ShardServer:
 
         if self._found is None:
             try:
-                # By name: a handle among the constructor's arguments would have to outlive restarts in the object store.
+                # By name: a handle among the arguments of the constructor would have to outlive restarts.
                 self._found = ray.get_actor(coordinator_name(self._label), namespace=NAMESPACE)
             except ValueError:
                 return None
