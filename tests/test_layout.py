@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "jobs": {"configs", "cluster", "data", "model", "jobs"},
 }
 RAY_FREE_CLUSTER = {"cluster.storage", "cluster.commit"}
-RAY_ALLOWED = {"data/shard_server.py", "data/prepare.py"}
+RAY_ALLOWED = {"data/shard_server.py", "data/coordinator.py", "data/prepare.py"}
 RAY_FORBIDDEN_IN_JOBS = {"jobs/loop.py", "jobs/rank.py", "jobs/ledger.py", "jobs/train_local.py"}
 DEEPSPEED_ALLOWED = {"model/engine.py", "model/pipeline.py", "model/fragments.py", "model/operators.py"}
 
