@@ -100,15 +100,24 @@ class ShardReader:
         self._block_rows = first.num_rows
         self._blocks: dict[int, tuple[tuple[np.ndarray, np.ndarray], ...]] = {}
 
+    @property
+    def block_rows(self) -> int:
+        """Rows of each record batch but the last, which may have fewer."""
+        return self._block_rows
+
+    def block(self, number: int) -> tuple[tuple[np.ndarray, np.ndarray], ...]:
+        """Offsets and values of each column of a record batch, without a copy; row i is values[o[i]:o[i + 1]]."""
+        batch = self._file.get_batch(number)
+        return tuple(
+            (column.offsets.to_numpy(), column.values.to_numpy(zero_copy_only=True)) for column in batch.columns
+        )
+
     def row(self, row: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Source tokens, source lengths, label tokens, label lengths of one row, without a copy."""
         assert 0 <= row < self._info.rows
         block, at = divmod(row, self._block_rows)
         if block not in self._blocks:
-            batch = self._file.get_batch(block)
-            self._blocks[block] = tuple(
-                (column.offsets.to_numpy(), column.values.to_numpy(zero_copy_only=True)) for column in batch.columns
-            )
+            self._blocks[block] = self.block(block)
         return tuple(values[offsets[at] : offsets[at + 1]] for offsets, values in self._blocks[block])
 
 
