@@ -108,6 +108,20 @@ class Collator:
         weight = self._weights(rows, lengths, segments, arrays.loss_weight)
         return Batch(index, *self._source(rows, arrays), tokens, positions, segments, labels, weight)
 
+    def fill_full(self, labels: Sequence[np.ndarray], index: int, arrays: Arrays) -> Batch:
+        """The micro-batch of rows of layout sequence that are one pair of full width without source."""
+        count, width = len(labels), self._target_capacity
+        lines = arrays.labels[: count * width].reshape(count, width)
+        tokens = arrays.target_tokens[: count * width].reshape(count, width)
+        for line, row in zip(lines, labels, strict=True):
+            np.copyto(line, row)
+        tokens[:, 0] = self._bos_id
+        tokens[:, 1:] = lines[:, :-1]
+        empty = arrays.source_tokens.reshape(count, 0), *[arrays.source_segments.reshape(count, 0)] * 2
+        return Batch(
+            index, *empty, tokens, self._positions[:count], self._segments[:count], lines, self._weight[:count]
+        )
+
     def _source(self, rows: Sequence[Row], arrays: Arrays) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         lengths = [0] * len(rows) if self._sequence else [len(row[0]) for row in rows]
         width = self._width(lengths, self._source_capacity)

@@ -48,8 +48,9 @@ class Loader:
         self._manifest, self._config = manifest, config
         self._share = Share(config.train.global_batch_sequences, config.train.micro_batch_sequences, replica, replicas)
         self._reader = SampleReader(manifest, config, open_shard)
+        self._sequence = config.data.layout == "sequence"
         self._collator = Collator(
-            config.data.layout == "sequence",
+            self._sequence,
             self._share.micro_batch,
             manifest.source_capacity,
             manifest.target_capacity,
@@ -135,11 +136,18 @@ class Loader:
         share, read = self._share, []
         for number, (index, arrays) in enumerate(zip(share.read, slot, strict=True)):
             own = slice(number * share.micro_batch, (number + 1) * share.micro_batch)
-            found = [self._reader.row(*place) for place in zip(shards[own], rows[own], strict=True)]
-            read.append(self._collator.fill(found, index, arrays))
+            read.append(self._batch(shards[own], rows[own], index, arrays))
         copies = [index for index in share.indices if index >= share.micro_batches]
         real = read if len(copies) < len(share.indices) else []
         return real + [read[0].without_weight(index) for index in copies]
+
+    def _batch(self, shards: list[int], rows: list[int], index: int, arrays: Arrays) -> Batch:
+        if self._sequence:
+            full = self._reader.full_rows(shards, rows, self._manifest.target_capacity)
+            if full is not None:
+                return self._collator.fill_full(full, index, arrays)
+        found = [self._reader.row(*place) for place in zip(shards, rows, strict=True)]
+        return self._collator.fill(found, index, arrays)
 
 
 def consumed_pairs(

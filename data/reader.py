@@ -104,11 +104,19 @@ class SampleReader:
         block, at = self._open.find(shard, row)
         return block.row(at)
 
-    def plain_row(self, shard: int, row: int) -> np.ndarray | None:
-        """The labels of a row that is one pair without source, as a view of the memory map; None for other rows."""
-        block, at = self._open.find(shard, row)
-        starts = block.plain
-        return None if starts is None else block.labels[starts[at] : starts[at + 1]]
+    def full_rows(self, shards: Sequence[int], rows: Sequence[int], width: int) -> list[np.ndarray] | None:
+        """The labels of rows that all are one pair of `width` labels without source; None when one of them is not."""
+        found, find = [], self._open.find
+        for shard, row in zip(shards, rows, strict=True):
+            block, at = find(shard, row)
+            starts = block.plain
+            if starts is None:
+                return None
+            start, end = starts[at], starts[at + 1]
+            if end - start != width:
+                return None
+            found.append(block.labels[start:end])
+        return found
 
     def steps(self, share: Share, step: int) -> Iterator[tuple[list[int], list[int]]]:
         """Where the samples lie that `share` reads in each step from `step` on, without end; see `Plan.steps`.

@@ -121,6 +121,16 @@ class ShardReader:
         return tuple(values[offsets[at] : offsets[at + 1]] for offsets, values in self._blocks[block])
 
 
+def _offsets_and_values(column: pa.ListArray) -> tuple[np.ndarray, np.ndarray]:
+    """Views of a column's buffers; Arrow's own conversions import pandas first, which takes a quarter of a second."""
+    _, offsets, _, values = column.buffers()
+    kind = np.dtype(str(column.type.value_type))
+    offsets = np.frombuffer(offsets, dtype=np.int32, count=len(column) + 1)
+    if values is None:
+        return offsets, np.empty(0, dtype=kind)
+    return offsets, np.frombuffer(values, dtype=kind, count=int(offsets[-1]))
+
+
 def gather(rows: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]) -> Samples:
     """Rows as read by `ShardReader.row`, copied into one set of arrays."""
     source, source_lengths, target, target_lengths = (np.concatenate(parts) for parts in zip(*rows, strict=True))

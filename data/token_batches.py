@@ -55,12 +55,12 @@ class TokenBatches:
         shards, rows = next(self._plan)
         tensor, lines = self._buffers[self._turn]
         self._turn = (self._turn + 1) % BATCHES_HELD
-        reader, width = self._reader, lines[0].size
-        for line, shard, row in zip(lines, shards, rows, strict=True):
-            tokens = reader.plain_row(shard, row)
-            if tokens is not None and tokens.size == width:
-                np.copyto(line, tokens)
-            else:
-                line[join(reader.row(shard, row), line) :] = self._pad_id
+        full = self._reader.full_rows(shards, rows, lines[0].size)
+        if full is not None:
+            for line, labels in zip(lines, full, strict=True):
+                np.copyto(line, labels)
+        else:
+            for line, shard, row in zip(lines, shards, rows, strict=True):
+                line[join(self._reader.row(shard, row), line) :] = self._pad_id
         self._position += self._batch
         return tensor
