@@ -107,10 +107,7 @@ class ShardReader:
 
     def block(self, number: int) -> tuple[tuple[np.ndarray, np.ndarray], ...]:
         """Offsets and values of each column of a record batch, without a copy; row i is values[o[i]:o[i + 1]]."""
-        batch = self._file.get_batch(number)
-        return tuple(
-            (column.offsets.to_numpy(), column.values.to_numpy(zero_copy_only=True)) for column in batch.columns
-        )
+        return tuple(_offsets_and_values(column) for column in self._file.get_batch(number).columns)
 
     def row(self, row: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Source tokens, source lengths, label tokens, label lengths of one row, without a copy."""
