@@ -7,9 +7,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from data.open_shards import Row
 from data.ring import Arrays
-from data.shards import Samples
+from data.shards import Row, Samples
 
 # Widths are rounded up to whole multiples where they vary.
 WIDTH_STEP = 8

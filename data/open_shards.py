@@ -10,7 +10,7 @@ import numpy as np
 
 from data.manifest import ShardInfo
 from data.quarantine import QuarantinedShard
-from data.shards import ShardReader
+from data.shards import Row, ShardReader
 
 OPEN_TRIES = 3
 LEAST_MAPS = 256
@@ -19,40 +19,42 @@ LEAST_BLOCKS = 1024
 FILE_SHARE = 4
 
 OpenShard = Callable[[ShardInfo], str]
-# Source tokens, source lengths, label tokens, label lengths of one row; all are views of the map.
-Row = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
-
 _NO_TOKENS = np.empty(0, dtype=np.uint16)
 _NO_LENGTHS = np.empty(0, dtype=np.int32)
 _MASKED: Row = (_NO_TOKENS, _NO_LENGTHS, _NO_TOKENS, _NO_LENGTHS)
 
 
 class Block:
-    """One record batch. `plain` lists where rows start in `labels` when each row is one pair without a source."""
+    """Where the rows of one record batch lie. `full` lists starts and ends of labels in `tokens`, when each row is one
+    pair without a source.
+    """
 
-    __slots__ = ("columns", "labels", "plain")
+    __slots__ = ("_bounds", "_numbers", "full", "tokens")
 
-    def __init__(self, columns: tuple[tuple[np.ndarray, np.ndarray], ...]) -> None:
-        self.columns = columns
-        (sources, _), (pairs, _), (starts, self.labels), _ = columns
-        one_pair = sources[0] == sources[-1] and bool((pairs[1:] - pairs[:-1] == 1).all())
-        # A list of int is read three times as fast as an array, one number at a time.
-        self.plain: list[int] | None = starts.tolist() if one_pair else None
+    def __init__(self, reader: ShardReader, first: int, rows: int) -> None:
+        self.tokens, self._numbers = reader.tokens, reader.numbers
+        starts, ends = reader.spans(np.arange(first, first + rows))
+        # Of each row: start and end of source, source lengths, labels and label lengths in turn.
+        self._bounds = np.stack([starts, ends], axis=1).reshape(8, rows).T
+        pairs, sources = ends[1] - starts[1], ends[0] - starts[0]
+        # Lists of int are read three times as fast as arrays, one number at a time.
+        self.full = (starts[2].tolist(), ends[2].tolist()) if not sources.any() and (pairs == 1).all() else None
 
     def row(self, at: int) -> Row:
         """The row at place `at` of the record batch."""
-        return tuple(values[offsets[at] : offsets[at + 1]] for offsets, values in self.columns)
+        a, b, c, d, e, f, g, h = self._bounds[at].tolist()
+        return self.tokens[a:b], self._numbers[c:d], self.tokens[e:f], self._numbers[g:h]
 
     def lengths(self, at: int) -> tuple[int, int]:
         """Source tokens and label tokens of the row at place `at`."""
-        sources, labels = self.columns[0][0], self.columns[2][0]
-        return sources[at + 1] - sources[at], labels[at + 1] - labels[at]
+        a, b, _, _, e, f, _, _ = self._bounds[at].tolist()
+        return b - a, f - e
 
 
 class MaskedBlock:
     """Stands for a whole quarantined shard: rows without pairs."""
 
-    plain = None
+    full = None
 
     def row(self, at: int) -> Row:
         """A row without pairs."""
@@ -104,7 +106,9 @@ class OpenShards:
         return (block if block is not None else self._parse(shard, opened, number)), at
 
     def _parse(self, shard: int, opened: _Opened, number: int) -> Block:
-        block = opened.blocks[number] = Block(opened.reader.block(number))
+        first = number * opened.block_rows
+        rows = min(opened.block_rows, self._info(shard).rows - first)
+        block = opened.blocks[number] = Block(opened.reader, first, rows)
         self._parsed.append((opened, number))
         if len(self._parsed) > self._most_blocks:
             old, gone = self._parsed.popleft()
@@ -129,5 +133,5 @@ class OpenShards:
             # Its record batches go with it: they are views of the map and would keep it open.
             _, old = self._opened.popitem(last=False)
             old.blocks.clear()
-            old.reader = None
+            old.reader.close()
         return opened

@@ -15,26 +15,13 @@ import numpy as np
 from configs.errors import DataError
 from configs.schema import RunConfig
 from data.buckets import arrange
-from data.manifest import CorpusInfo, Manifest, ShardInfo
+from data.manifest import Manifest, ShardInfo
 from data.mixture import make_order
-from data.open_shards import MaskedBlock, OpenShard, OpenShards, Row
-from data.shards import Samples, gather
+from data.open_shards import MaskedBlock, OpenShard, OpenShards
+from data.shards import Row, Samples, gather
 from data.share import Share
 
 PLANNED_ROWS = 8192
-
-Find = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
-
-
-def row_finder(corpus: CorpusInfo) -> Find:
-    """A function rows int64 `[n]` -> numbers of their shards and rows in those shards, int64 `[n]` each."""
-    first = np.concatenate([[0], np.cumsum([shard.rows for shard in corpus.shards])])
-
-    def find(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        shards = np.searchsorted(first, rows, side="right") - 1
-        return shards, rows - first[shards]
-
-    return find
 
 
 @dataclass(frozen=True)
@@ -63,7 +50,6 @@ class SampleReader:
         data = config.data
         self._corpora = manifest.corpora
         self.order = make_order(manifest, config)
-        self._find = [row_finder(corpus) for corpus in manifest.corpora]
         counts = [len(corpus.shards) for corpus in manifest.corpora]
         self._first_shards = np.concatenate([[0], np.cumsum(counts)])
         blocks = data.lanes * data.window_blocks * len(counts)
@@ -95,7 +81,7 @@ class SampleReader:
         shards, places = np.empty_like(rows), np.empty_like(rows)
         for corpus in np.unique(corpora).tolist():
             own = np.flatnonzero(corpora == corpus)
-            found, places[own] = self._find[corpus](rows[own])
+            found, places[own] = self._corpora[corpus].find(rows[own])
             shards[own] = found + self._first_shards[corpus]
         return Plan(shards, places)
 
@@ -109,19 +95,19 @@ class SampleReader:
         found, find = [], self._open.find
         for shard, row in zip(shards, rows, strict=True):
             block, at = find(shard, row)
-            starts = block.plain
-            if starts is None:
+            if block.full is None:
                 return None
-            start, end = starts[at], starts[at + 1]
+            starts, ends = block.full
+            start, end = starts[at], ends[at]
             if end - start != width:
                 return None
-            found.append(block.labels[start:end])
+            found.append(block.tokens[start:end])
         return found
 
     def steps(self, share: Share, step: int) -> Iterator[tuple[list[int], list[int]]]:
         """Where the samples lie that `share` reads in each step from `step` on, without end; see `Plan.steps`.
 
-        The shards of a window are announced to the opener before the window ahead of it is read.
+        Before a window is read, its shards and those of the next one are announced to the opener.
         """
         if self._bucket_steps:
             return self._bucketed(share, step)
@@ -147,9 +133,10 @@ class SampleReader:
 
     def _planned(self, window: Callable[[int], np.ndarray], rows: int) -> Iterator[tuple[list[int], list[int]]]:
         """The plans of positions `window(0)`, `window(1)`, ..., in pieces of `rows`, announced a window ahead."""
-        plan = self._announced(window(0))
+        plan = self.plan(window(0))
         for number in count(1):
-            after = self._announced(window(number))
+            after = self.plan(window(number))
+            self._announce_all(plan, after)
             yield from plan.steps(rows)
             plan = after
 
@@ -157,17 +144,17 @@ class SampleReader:
         size = self._bucket_rows
         for window in count(step // self._bucket_steps):
             # The lengths of all samples of a window decide where they stand: every replica looks at all of them.
-            for near in (window, window + 1) if self._announce else ():
-                self._announced(np.arange(near * size, (near + 1) * size))
+            if self._announce:
+                self._announce_all(self.plan(np.arange(window * size, (window + 2) * size)))
             end = (window + 1) * self._bucket_steps
             yield from self.plan(self.positions(share.places(step, end - step))).steps(share.rows)
             step = end
 
-    def _announced(self, positions: np.ndarray) -> Plan:
-        plan = self.plan(positions)
+    def _announce_all(self, *plans: Plan) -> None:
+        """Tell the opener which shards come next; what was announced before is past."""
         if self._announce:
-            self._announce([self._shard(number) for number in plan.in_first_use().tolist()])
-        return plan
+            shards = dict.fromkeys(number for plan in plans for number in plan.in_first_use().tolist())
+            self._announce([self._shard(number) for number in shards])
 
     def _arrangement(self, window: int) -> np.ndarray:
         """Which sample of a window of buckets stands at each of its places."""
