@@ -1,7 +1,7 @@
 """The manifest of prepared data: what was made, with digests. Written once, last; immutable from then on.
 
-`manifest.json` holds everything but the shards, which are rows of `shards.arrow` (data/shard_table.py); its size grows
-by some 60 bytes for every 256 shards. Opening reads it alone and maps the table.
+`manifest.json` holds everything but the shards, which are rows of `shards.arrow` (data/shard_table.py); it grows by
+some 110 bytes for every 256 shards. Opening reads it and maps the table, which is first fetched if remote.
 """
 
 from __future__ import annotations
