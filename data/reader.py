@@ -79,7 +79,7 @@ class SampleReader:
         """Where the samples at `positions` lie; nothing is opened."""
         corpora, _, rows = self.order(positions)
         shards, places = np.empty_like(rows), np.empty_like(rows)
-        for corpus in np.unique(corpora).tolist():
+        for corpus in np.flatnonzero(np.bincount(corpora)).tolist():
             own = np.flatnonzero(corpora == corpus)
             found, places[own] = self._corpora[corpus].find(rows[own])
             shards[own] = found + self._first_shards[corpus]

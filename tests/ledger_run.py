@@ -15,6 +15,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import xxhash
 
 from cluster.storage import Storage
@@ -139,6 +140,8 @@ def main(folder, seed, kills):
     folder, generator = Path(folder), random.Random(int(seed))
     tree = json.loads((folder / "config.json").read_text())
     BATCH, last = tree["train"]["global_batch_sequences"], tree["train"]["steps"]
+    # What ranks would import at their first use is imported once, before they are forked.
+    assert np.ma and Manifest.read(Storage(str(folder)), "data/abc").corpora
     state, attempts = None, []
     while state is None or state["samples_consumed"] < last * BATCH:
         attempt, world = len(attempts), generator.choice(WORLD_SIZES)
