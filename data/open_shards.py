@@ -91,7 +91,8 @@ class OpenShards:
     @property
     def quarantined(self) -> list[str]:
         """Paths of the shards that were found quarantined, sorted."""
-        return sorted(self._info(number).path for number in self._masked)
+        # The copy is one step for the interpreter: another thread may be opening shards.
+        return sorted(self._info(number).path for number in list(self._masked))
 
     def find(self, shard: int, row: int) -> tuple[Block | MaskedBlock, int]:
         """The record batch of a row of a shard, and the row's place in it.

@@ -252,6 +252,19 @@ def test_samples_of_a_quarantined_shard_are_masked_in_their_places(prepared, alo
     assert asked.count(bad.path) == 1
     assert loader.state()["quarantined"] == [bad.path]
 
+    class Opener:
+        restored = ()
+        __call__ = staticmethod(plain)
+
+        def restore(self, shards):
+            self.restored = shards
+
+    opener = Opener()
+    after = loader_of(made, open_shard=opener)
+    after.load_state(loader.state())
+    after.close()
+    assert list(opener.restored) == [bad] and after.state() == loader.state()
+
 
 def test_buckets_refuse_a_quarantined_shard(prepared):
     made = prepared["pairs", 3]
