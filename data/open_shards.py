@@ -64,10 +64,10 @@ class MaskedBlock:
 class _Opened:
     """A mapped shard and those of its record batches that are parsed; without a reader, a quarantined one."""
 
-    __slots__ = ("block_rows", "blocks", "reader")
+    __slots__ = ("block_rows", "blocks", "reader", "rows")
 
-    def __init__(self, reader: ShardReader | None) -> None:
-        self.reader = reader
+    def __init__(self, reader: ShardReader | None, rows: int) -> None:
+        self.reader, self.rows = reader, rows
         self.block_rows = reader.block_rows if reader is not None else 1 << 62
         self.blocks: dict[int, Block | MaskedBlock] = {} if reader is not None else {0: MaskedBlock()}
 
@@ -108,7 +108,7 @@ class OpenShards:
 
     def _parse(self, shard: int, opened: _Opened, number: int) -> Block:
         first = number * opened.block_rows
-        rows = min(opened.block_rows, self._info(shard).rows - first)
+        rows = min(opened.block_rows, opened.rows - first)
         block = opened.blocks[number] = Block(opened.reader, first, rows)
         self._parsed.append((opened, number))
         if len(self._parsed) > self._most_blocks:
@@ -121,10 +121,10 @@ class OpenShards:
         info = self._info(shard)
         for attempt in range(1, OPEN_TRIES + 1):
             try:
-                opened = self._opened[shard] = _Opened(ShardReader(self._open_shard(info), info))
+                opened = self._opened[shard] = _Opened(ShardReader(self._open_shard(info), info), info.rows)
                 break
             except QuarantinedShard:
-                masked = self._masked[shard] = _Opened(None)
+                masked = self._masked[shard] = _Opened(None, info.rows)
                 return masked
             except FileNotFoundError:
                 # A full cache may evict the file between its path being told and its being mapped.

@@ -14,7 +14,7 @@ from data.batches import Collator
 from data.loader import STEPS_HELD, Loader
 from data.mixture import make_order
 from data.quarantine import QuarantinedShard
-from data.ring import Arrays
+from data.ring import Arrays, Ring
 from data.shard_server import plain_opener
 from data.state import make_state, schedule_digest
 from data.token_batches import TokenBatches
@@ -327,6 +327,24 @@ def test_token_batches_are_the_samples_in_the_order(prepared, dense):
     config, storage, manifest, _ = prepared["pairs", 0]
     with pytest.raises(ConfigError, match=r"data\.layout"):
         TokenBatches(manifest, config, plain_opener(storage, manifest), 5)
+
+
+def test_the_ring_is_pinned_where_this_process_uses_cuda(monkeypatch):
+    empty, pinned = torch.empty, []
+
+    def asked(size, dtype, pin_memory=False):
+        pinned.append(pin_memory)
+        return empty(size, dtype=dtype)
+
+    monkeypatch.setattr(torch, "empty", asked)
+    plain = Ring(2, 3, 4, 5).take()
+    assert not pinned
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    slot = Ring(2, 3, 4, 5).take()
+    assert pinned == [True] * len(FIELDS) * 3 * 2
+    for name in FIELDS:
+        one, other = getattr(plain[0], name), getattr(slot[0], name)
+        assert one.shape == other.shape and one.dtype == other.dtype
 
 
 @settings(deadline=None, max_examples=60)
