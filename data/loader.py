@@ -16,7 +16,7 @@ from data.batches import Batch, Collator
 from data.manifest import Manifest, ShardInfo
 from data.open_shards import OpenShard
 from data.quarantine import shards_named
-from data.reader import SampleReader
+from data.reader import PLANNED_ROWS, SampleReader
 from data.ring import Arrays, Ring
 from data.share import Share
 from data.state import check_state, make_state
@@ -164,8 +164,9 @@ def consumed_pairs(
     """(corpus name, labels) of every packed pair in steps [0, steps), in the order of training; labels are int64."""
     reader = SampleReader(manifest, config, open_shard)
     batch = config.train.global_batch_sequences
-    for step in range(steps):
-        positions = reader.positions(np.arange(step * batch, (step + 1) * batch))
+    at_once = max(1, PLANNED_ROWS // batch)
+    for step in range(0, steps, at_once):
+        positions = reader.positions(np.arange(step * batch, min(step + at_once, steps) * batch))
         corpora = np.repeat(reader.order(positions)[0], (samples := reader.read(positions)).pairs)
         ends = np.cumsum(samples.target_lengths)
         labels = samples.target.astype(np.int64)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from configs.errors import ConfigError, DataError
 from data.batches import Collator
-from data.loader import STEPS_HELD, Loader
+from data.loader import STEPS_HELD, Loader, consumed_targets
 from data.mixture import make_order
 from data.quarantine import QuarantinedShard
 from data.ring import Arrays, Ring
@@ -130,6 +130,20 @@ def test_buckets_move_whole_samples_within_their_window_and_pad_less(prepared, l
         ]
         assert own[0] == own[1] and len(own[0]) == 3 * BATCH
     assert width < 6 * BATCH * CAPACITIES[1]
+
+
+@pytest.mark.parametrize("key", [("pairs", 3), ("sequence", 0), ("sequence", 3)])
+def test_consumed_targets_are_the_labels_that_were_trained_on(prepared, key):
+    config, storage, manifest, _ = made = prepared[key]
+    consumed = consumed_targets(manifest, config, plain_opener(storage, manifest), 7)
+    trained = [
+        label
+        for _, rows in sorted(take(loader_of(made), 7).items())
+        for row in rows
+        for label, weight in zip(row["labels"], row["loss_weight"], strict=True)
+        if weight
+    ]
+    assert np.concatenate(list(consumed)).tolist() == trained
 
 
 def first_label(row):
@@ -272,7 +286,7 @@ def test_buckets_refuse_a_quarantined_shard(prepared):
     def open_shard(shard):
         raise QuarantinedShard(shard.path, "quarantined")
 
-    with pytest.raises(DataError, match=r"shards/only/.*data\.bucket_batches"):
+    with pytest.raises(DataError, match=r"data\.bucket_batches: shard shards/only/.*prepare stage again"):
         take(loader_of(made, open_shard=open_shard), 1)
 
 
