@@ -34,7 +34,7 @@ def prepared(tmp_path_factory):
         samples = numbered(np.random.default_rng(1), ROWS, layout, *CAPACITIES)
         for buckets in (0, 3):
             folder = tmp_path_factory.mktemp("exact")
-            data = {"bucket_batches": buckets}
+            data = {"bucket_batches": buckets, "packing": "none"}
             made[layout, buckets] = *prepare_samples(folder, {"only": samples}, layout, CAPACITIES, data=data), samples
     return made
 
