@@ -75,6 +75,8 @@ class OpenShards:
 
     def __init__(self, info: Callable[[int], ShardInfo], open_shard: OpenShard, blocks_at_once: int) -> None:
         self._info, self._open_shard = info, open_shard
+        # Openers that keep a lease on what is mapped are told when it no longer is.
+        self._release: Callable[[ShardInfo], None] | None = getattr(open_shard, "release", None)
         self._most_maps = min(max(LEAST_MAPS, blocks_at_once), MOST_MAPS)
         self._most_blocks = max(LEAST_BLOCKS, 2 * blocks_at_once)
         self._opened: OrderedDict[int, _Opened] = OrderedDict()
@@ -131,7 +133,9 @@ class OpenShards:
                     raise
         if len(self._opened) > self._most_maps:
             # Its record batches go with it: they are views of the map and would keep it open.
-            _, old = self._opened.popitem(last=False)
+            number, old = self._opened.popitem(last=False)
             old.blocks.clear()
             old.reader.close()
+            if self._release is not None:
+                self._release(self._info(number))
         return opened

@@ -31,6 +31,9 @@ class Ledger:
         self._log = SpooledText(self.folder, "logs/job.log")
         self._lock = threading.RLock()
         self._reported: dict[tuple[int, int], dict[int, commit.RankFile]] = {}
+        # Paths of damaged shards whose samples are masked: all, and those that were said so far.
+        self._quarantined: set[str] = set()
+        self._told: set[str] = set()
         self._lines: list[str] = []
         self._attempt = 0
         self.status: dict[str, Any] = {
@@ -53,6 +56,8 @@ class Ledger:
         latest, _ = commit.latest(self.checkpoints)
         if latest is not None:
             self.status.update(step=latest.step, last_commit_step=latest.step, tokens=latest.manifest.get("tokens", 0))
+            self._quarantined.update(latest.manifest["data_state"]["quarantined"])
+            self._told |= self._quarantined
 
     def event(self, event: str, **detail: Any) -> None:
         """Append one line to events.jsonl."""
@@ -115,9 +120,12 @@ class Ledger:
                 return
             files = self._reported.setdefault((step, attempt), {})
             files[file.rank] = file
+            # Each rank knows of the damaged shards that it met itself.
+            self._quarantined.update(extra["data_state"]["quarantined"])
             if len(files) < world_size:
                 return
             del self._reported[(step, attempt)]
+        self._tell_quarantined(extra)
         try:
             commit.commit(self.checkpoints, step, attempt, list(files.values()), world_size, extra)
         except (StorageError, OSError) as error:
@@ -135,6 +143,14 @@ class Ledger:
             return
         if removed:
             self.event("pruned", steps=removed)
+
+    def _tell_quarantined(self, extra: dict) -> None:
+        """Complete the state of the data that is committed, and report shards that it names for the first time."""
+        extra["data_state"]["quarantined"] = sorted(self._quarantined)
+        for shard in sorted(self._quarantined - self._told):
+            self.event("shard_quarantined", shard=shard)
+            self.say(f"shard {shard} is damaged in storage: its samples are masked (data.quarantine_fraction)")
+        self._told |= self._quarantined
 
     def close(self) -> None:
         """Write everything out."""

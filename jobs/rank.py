@@ -16,7 +16,10 @@ from configs.errors import StorageError
 from configs.load import config_digest
 from configs.schema import RunConfig
 from data.loader import Loader
-from data.manifest import Manifest, ShardInfo
+from data.manifest import Manifest
+from data.opener import CacheOpener
+from data.quarantine import shards_named
+from data.state import check_state
 from jobs.batches import to_model
 from jobs.loop import Course, LoopEnd, StepRecord, train
 from jobs.machine import hardware, versions
@@ -61,6 +64,8 @@ class RankReporter:
         self._engine, self._task, self._manifest, self._messages = engine, task, manifest, messages
         self._stop = threading.Event()
         self._checkpoints = Storage(task.storage_url).child(task.run, "checkpoints")
+        # The state of the data after the steps done so far; set before the first step.
+        self.data_state: Callable[[], dict[str, Any]] | None = None
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint-writer")
         self._writing: Future | None = None
 
@@ -81,7 +86,7 @@ class RankReporter:
         """Copy the state now, upload it in the background; waits only if the previous upload is still going on."""
         self._wait()
         copies = snapshot(self._engine)
-        self._writing = self._writer.submit(self._write, copies, step, tokens)
+        self._writing = self._writer.submit(self._write, copies, step, tokens, self.data_state())
 
     def close(self) -> None:
         """Wait for the last upload and pass on its error, if it had one."""
@@ -93,7 +98,7 @@ class RankReporter:
             self._writing.result()
             self._writing = None
 
-    def _write(self, copies: Any, step: int, tokens: int) -> None:
+    def _write(self, copies: Any, step: int, tokens: int, data_state: dict[str, Any]) -> None:
         task = self._task
         try:
             file = write_snapshot(self._checkpoints, step, task.attempt, task.rank, copies)
@@ -106,6 +111,7 @@ class RankReporter:
             "tokens": tokens,
             "samples": step * task.config.train.global_batch_sequences,
             "data_digest": self._manifest.digest,
+            "data_state": data_state,
             "tokenizer_digest": self._manifest.tokenizer_digest,
             "vocabulary_size": self._manifest.vocabulary_size,
             "config_digest": config_digest(task.config),
@@ -122,7 +128,7 @@ class RankReporter:
 def run_rank(
     task: RankTask,
     messages: Messages,
-    open_shard: Callable[[ShardInfo], str],
+    open_shard: CacheOpener,
     announce: Callable[[RankReporter], None],
 ) -> LoopEnd:
     """Train one attempt's share on one rank.
@@ -142,10 +148,14 @@ def run_rank(
         step, tokens = 0, 0
         if task.resume_step is not None:
             committed = commit.read_commit(checkpoints, task.resume_step)
+            data_state = committed.manifest["data_state"]
+            check_state(data_state, manifest, config)
+            open_shard.restore(shards_named(manifest, data_state["quarantined"]))
             restore(engine, CheckpointReader(checkpoints, committed))
             step, tokens = committed.step, int(committed.manifest["tokens"])
             logging.info("state of step %d restored", step)
         loader = Loader(manifest, config, open_shard, task.rank, task.world_size, start_step=step)
+        reporter.data_state = loader.state
         announce(reporter)
         course = Course(
             first_step=step + 1,

@@ -133,6 +133,10 @@ def test_steps_become_metrics_status_and_lines(ledger):
     assert "data 5%" in ledger.lines(0)[0] and "eta 6s" in ledger.lines(0)[0]
 
 
+def state(*quarantined):
+    return {"data_state": {"quarantined": list(quarantined)}}
+
+
 def test_an_attempt_that_is_over_writes_nothing(ledger):
     old = ledger.begin_attempt()
     new = ledger.begin_attempt()
@@ -140,7 +144,7 @@ def test_an_attempt_that_is_over_writes_nothing(ledger):
     ledger.record_step(record(1, old))
     assert ledger.status["step"] == 0
     file = RankFile(0, "rank-00000.safetensors", 1, "x")
-    ledger.record_rank_file(4, old, file, 1, {})
+    ledger.record_rank_file(4, old, file, 1, state())
     assert commit.committed_steps(ledger.checkpoints) == []
 
 
@@ -156,12 +160,16 @@ def test_the_last_rank_commits_and_a_bad_file_does_not(ledger):
     folder = commit.attempt_folder(4, attempt)
     for rank in (0, 1):
         ledger.checkpoints.write_bytes(f"{folder}/{commit.rank_file_name(rank)}", b"12345")
-    ledger.record_rank_file(4, attempt, RankFile(0, commit.rank_file_name(0), 5, "d0"), 2, {"tokens": 1})
+    ledger.record_rank_file(4, attempt, RankFile(0, commit.rank_file_name(0), 5, "d0"), 2, {"tokens": 1, **state()})
     assert commit.committed_steps(ledger.checkpoints) == []
-    ledger.record_rank_file(4, attempt, RankFile(1, commit.rank_file_name(1), 5, "d1"), 2, {"tokens": 1})
+    ledger.record_rank_file(4, attempt, RankFile(1, commit.rank_file_name(1), 5, "d1"), 2, {"tokens": 1, **state("b")})
     assert commit.committed_steps(ledger.checkpoints) == [4]
     assert ledger.status["last_commit_step"] == 4
-    ledger.record_rank_file(8, attempt, RankFile(0, "rank-00000.safetensors", 5, "d0"), 1, {})
+    assert commit.read_commit(ledger.checkpoints, 4).manifest["data_state"]["quarantined"] == ["b"]
+    assert [line for line in ledger.lines(0) if "masked" in line] == [ledger.lines(0)[-1]] and "b" in ledger.lines(0)[
+        -1
+    ]
+    ledger.record_rank_file(8, attempt, RankFile(0, "rank-00000.safetensors", 5, "d0"), 1, state())
     assert commit.committed_steps(ledger.checkpoints) == [4]
     assert "step 8 was not committed" in ledger.lines(0)[-1]
 

@@ -46,7 +46,7 @@ def superblocks(schedule, lanes, until):
 
 @settings(deadline=None, max_examples=40)
 @given(
-    weights=st.lists(st.floats(0.01, 100.0), min_size=1, max_size=4),
+    weights=st.lists(st.floats(0.1, 100.0), min_size=1, max_size=4),
     seed=SEEDS,
     lanes=st.integers(1, 8),
     number=st.integers(0, 10**9),
