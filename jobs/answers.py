@@ -12,10 +12,10 @@ import torch
 from cluster import commit
 from cluster.storage import Storage
 from configs.schema import CorpusSection, RunConfig
-from data.batches import collate
+from data.batches import Collator
 from data.manifest import Manifest
-from data.packing import Pair, cut_pairs, fit_source
-from data.shards import Samples
+from data.packing import Pair, cut_pairs, cut_sequence, fit_prompt, fit_source
+from data.ring import Arrays
 from data.tokenizer import Tokenizer, read_tokenizer
 from jobs.batches import to_model
 from jobs.evaluator import Evaluator
@@ -61,6 +61,7 @@ class ModelAnswers:
     def __init__(self, model: Transformer, tokenizer: Tokenizer, config: RunConfig) -> None:
         self._model, self._tokenizer, self._data = model, tokenizer, config.data
         self._corpora = {corpus.name: corpus for corpus in config.data.corpora}
+        self._sequence = config.data.layout == "sequence"
 
     def answer(self, corpus: str, requests: Sequence[Request], max_new_tokens: int) -> list[dict[str, Any]]:
         """One answer per request in order, of the forms that `jobs.tasks.base` gives."""
@@ -74,8 +75,13 @@ class ModelAnswers:
         return [answers[i] for i in range(len(requests))]
 
     def _generate(self, sources: Sequence[str], keep_head: bool, max_new_tokens: int) -> list[dict[str, Any]]:
-        tokenizer = self._tokenizer
-        encoded = [fit_source(ids, self._data.source_tokens, keep_head) for ids in self._encode(sources)]
+        tokenizer, data = self._tokenizer, self._data
+        encoded = [
+            fit_prompt(ids, max_new_tokens, data.target_tokens, keep_head)
+            if self._sequence
+            else fit_source(ids, data.source_tokens, keep_head)
+            for ids in self._encode(sources)
+        ]
         outputs = greedy(
             self._model, [ids.tolist() for ids in encoded], tokenizer.bos_id, tokenizer.eos_id, max_new_tokens
         )
@@ -93,7 +99,11 @@ class ModelAnswers:
         targets = self._encode([request.target for request in requests])
         data, eos = self._data, self._tokenizer.eos_id
         cut = [
-            cut_pairs(source, target, eos, data.source_tokens, data.target_tokens, keep_head)[:MOST_PIECES]
+            (
+                cut_sequence(source, target, eos, data.target_tokens, keep_head)
+                if self._sequence
+                else cut_pairs(source, target, eos, data.source_tokens, data.target_tokens, keep_head)
+            )[:MOST_PIECES]
             for source, target in zip(sources, targets, strict=True)
         ]
         scored = iter(self._score_pairs([pair for pairs in cut for pair in pairs]))
@@ -120,22 +130,19 @@ class ModelAnswers:
             rows = order[start : start + ROWS_AT_ONCE]
             nll, best = token_scores(self._model, self._batch([pairs[i] for i in rows]))
             for row, i in enumerate(rows):
-                size = len(pairs[i][1])
-                results[i] = (nll[row, :size].double().numpy(), best[row, :size].numpy())
+                # In layout sequence a row holds the source before the labels.
+                first = len(pairs[i][0]) if self._sequence else 0
+                kept = slice(first, first + len(pairs[i][1]))
+                results[i] = (nll[row, kept].double().numpy(), best[row, kept].numpy())
         return [results[i] for i in range(len(pairs))]
 
     def _batch(self, pairs: Sequence[Pair]) -> ModelBatch:
-        sources, labels = ([pair[side] for pair in pairs] for side in (0, 1))
-        samples = Samples(
-            np.concatenate(sources),
-            np.array([len(source) for source in sources]),
-            np.concatenate(labels),
-            np.array([len(label) for label in labels]),
-            np.ones(len(pairs), dtype=np.int64),
-        )
         tokenizer, data = self._tokenizer, self._data
-        batch = collate(samples, 0, data.source_tokens, data.target_tokens, tokenizer.pad_id, tokenizer.bos_id)
-        return to_model(batch).trimmed()
+        collator = Collator(
+            self._sequence, len(pairs), data.source_tokens, data.target_tokens, tokenizer.pad_id, tokenizer.bos_id
+        )
+        rows = [(source, np.array([len(source)]), labels, np.array([len(labels)])) for source, labels in pairs]
+        return to_model(collator.fill(rows, 0, Arrays.empty(*collator.sizes))).trimmed()
 
     def _encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         return self._tokenizer.encode_batch(texts) if texts else []

@@ -20,7 +20,7 @@ from configs.errors import RunStopped, StorageError, TelarError
 from configs.load import parse_config
 from data.held_out import HeldOut, read_records
 from data.loader import Loader
-from data.packing import cut_pairs
+from data.packing import cut_pairs, cut_sequence
 from data.prepare import prepare
 from data.runners import serial
 from data.shard_server import plain_opener
@@ -317,8 +317,8 @@ def test_samples_take_turns():
     assert spread == ["0", "25", "50", "75"]
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+@pytest.fixture(scope="module", params=["pairs", "sequence"])
+def trained(request, tmp_path_factory):
     """Real data, tokenizer and model with random weights, committed as the checkpoint of step 6."""
     folder = tmp_path_factory.mktemp("trained")
     for number in range(12):
@@ -341,11 +341,19 @@ def trained(tmp_path_factory):
         "data": {
             "corpora": corpora,
             "tokenizer": {"vocabulary_size": 320},
+            "layout": request.param,
             "source_tokens": 48,
-            "target_tokens": 20,
+            "target_tokens": 20 if request.param == "pairs" else 24,
             "held_out_fraction": 0.4,
         },
-        "model": {"d_model": 16, "heads": 2, "d_ff": 32, "encoder_layers": 1, "decoder_layers": 2},
+        "model": {
+            "architecture": "encoder_decoder" if request.param == "pairs" else "decoder",
+            "d_model": 16,
+            "heads": 2,
+            "d_ff": 32,
+            "encoder_layers": 1,
+            "decoder_layers": 2,
+        },
         "train": {"steps": 6, "global_batch_sequences": 4, "micro_batch_sequences": 2},
         "evaluate": {"slice_records": 5, "bootstrap_rounds": 100, "max_new_tokens": 6, "samples": 2},
     }
@@ -368,13 +376,21 @@ def literal_nll(trained, source, target):
     tokenizer = Tokenizer.load(trained.storage.read_bytes(manifest.tokenizer_path))
     source_ids, target_ids = (np.array(tokenizer.encode(text), dtype=np.int32) for text in (source, target))
     nats = []
-    for ids, labels in cut_pairs(source_ids, target_ids, tokenizer.eos_id, data.source_tokens, data.target_tokens):
-        inputs = []
-        for tokens in (ids, np.concatenate([[tokenizer.bos_id], labels[:-1]])):
+    if data.layout == "pairs":
+        pieces = cut_pairs(source_ids, target_ids, tokenizer.eos_id, data.source_tokens, data.target_tokens)
+    else:
+        pieces = cut_sequence(source_ids, target_ids, tokenizer.eos_id, data.target_tokens)
+    for ids, labels in pieces:
+        inputs, written = [], np.concatenate([[tokenizer.bos_id], labels[:-1]])
+        first = 0
+        if data.layout == "sequence":
+            written, first = np.concatenate([[tokenizer.bos_id], ids, labels[:-1]]), len(ids)
+            ids = ids[:0]
+        for tokens in (ids, written):
             row = torch.tensor(tokens[None], dtype=torch.int64)
             inputs += [row, torch.arange(row.shape[1])[None], torch.ones_like(row)]
         with torch.no_grad():
-            probabilities = trained.model.logits(tuple(inputs))[0].double().softmax(-1)
+            probabilities = trained.model.logits(tuple(inputs))[0, first:].double().softmax(-1)
         nats += [-math.log(probabilities[i, label]) for i, label in enumerate(labels)]
     return nats
 
