@@ -196,8 +196,9 @@ def _prepare(
         source_capacity=config.data.source_tokens,
         target_capacity=config.data.target_tokens,
         corpora=tuple(corpora),
-    )
-    inside.write_text(NAME, manifest.to_json())
+        layout=config.data.layout,
+        packing=config.data.packing,
+    ).write(storage)
     inside.remove("work")
     for line in manifest.summary():
         report(line)

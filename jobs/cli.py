@@ -285,6 +285,25 @@ def generate(
 
 
 @cli.command()
+@click.argument("run")
+@click.option("--to", "kind", type=click.Choice(["hf"]), required=True, help="hf: Hugging Face transformers.")
+@click.argument("folder", metavar="DIR")
+@click.option("--step", type=click.IntRange(min=1), help="A committed step; default: the latest.")
+@click.option("--average", type=click.IntRange(min=1), default=1, help="Average the last K checkpoints.")
+@storage
+@as_json
+def export(
+    run: str, kind: str, folder: str, step: int | None, average: int, storage: str | None, as_json: bool
+) -> None:
+    """Write a run's model to DIR in a form that other software loads."""
+    from jobs.commands import exporting, runs
+
+    result = exporting.export_run(runs.locate(run, storage), folder, step, average)
+    text = f"{result['folder']}: {result['class']}, {result['parameters']:,} parameters, steps {result['steps']}"
+    _print(as_json, {**result, "to": kind}, text)
+
+
+@cli.command()
 @click.option("--cpus", type=click.IntRange(min=1), help="Logical CPUs; may exceed the cores.")
 @click.option("--dashboard-port", type=click.IntRange(1024, 65535), help="First port tried for the dashboard.")
 @as_json

@@ -7,7 +7,16 @@ from configs.schema import RunConfig
 
 
 def check_trainable(config: RunConfig) -> None:
-    """Raise ConfigError when the model cannot read samples of the data's layout."""
+    """Raise ConfigError when the model cannot learn from samples of the data's layout."""
+    if config.model.architecture == "encoder":
+        raise ConfigError(
+            "model.architecture: data are prepared for models that write text, not for a classifier's labels; train "
+            "an encoder_decoder or a decoder that writes the class"
+        )
+    if config.data.layout == "pairs" and config.model.architecture == "decoder":
+        raise ConfigError(
+            "data.layout: a decoder reads source and target one behind the other; set data.layout to sequence"
+        )
     if config.data.layout == "sequence" and config.model.architecture == "encoder_decoder":
         raise ConfigError(
             "data.layout: samples of layout sequence have no source for the encoder of model.architecture "

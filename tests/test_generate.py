@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+import transformers
 from click.testing import CliRunner
 
 from cluster import commit
@@ -84,6 +85,24 @@ def test_an_average_is_the_mean_of_the_checkpoints(trained):
     ours, theirs = models[3].state_dict(), models[6].state_dict()
     for name, tensor in found.model.state_dict().items():
         torch.testing.assert_close(tensor, (ours[name] + theirs[name]) / 2)
+
+
+def test_an_exported_run_generates_the_same_in_transformers(trained, tmp_path):
+    target = tmp_path / "deep" / "hf"
+    arguments = ["export", f"{trained[0].url}/demo", "--to", "hf", str(target)]
+    done = CliRunner().invoke(cli, [*arguments, "--json"])
+    assert json.loads(done.output)["class"] == "MarianMTModel"
+    tokenizer = transformers.AutoTokenizer.from_pretrained(target)
+    model = transformers.AutoModelForSeq2SeqLM.from_pretrained(target)
+    text = "complete: def load_table(table):"
+    inputs = tokenizer([text], return_tensors="pt", add_special_tokens=False)
+    theirs = model.generate(
+        input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], max_new_tokens=7, num_beams=1
+    )
+    expected = tokenizer.decode(theirs[0], skip_special_tokens=True)
+    assert run(trained, text, "--max-new-tokens", "7").output == expected + "\n"
+    again = CliRunner().invoke(cli, arguments)
+    assert "exists" in str(again.exception) and [path.name for path in target.parent.iterdir()] == ["hf"]
 
 
 @pytest.mark.parametrize(

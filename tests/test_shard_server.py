@@ -28,9 +28,7 @@ def fill(storage, shards=5):
         pairs = [[(generator.integers(0, 99, 7), generator.integers(0, 99, 5))] for _ in range(ROWS)]
         infos.append(write_shard(inside, f"shards/c/{number:05d}-000.arrow", pairs, 100, 4))
     corpus = CorpusInfo("c", 1.0, "likelihood", shards * ROWS, tuple(infos), infos[0], {})
-    manifest = Manifest("abc", "t", 100, 0, 1, 2, 8, 8, (corpus,))
-    inside.write_text("manifest.json", manifest.to_json())
-    return manifest, infos
+    return Manifest("abc", "t", 100, 0, 1, 2, 8, 8, (corpus,)).write(storage), infos
 
 
 @pytest.fixture

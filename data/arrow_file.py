@@ -1,0 +1,83 @@
+"""Writing Arrow IPC files record batch by record batch with digests, and mapping them without keeping them open."""
+
+from __future__ import annotations
+
+from typing import IO, Any
+
+import pyarrow as pa
+import xxhash
+
+# An Arrow file begins with "ARROW1" and two bytes of padding; the schema message follows.
+MAGIC_BYTES = 8
+OPTIONS = pa.ipc.IpcWriteOptions(compression=None)
+
+
+class _Sink:
+    """A file-like object that passes on what is written, counts it and takes digests of it."""
+
+    closed = False
+
+    def __init__(self, file: IO[bytes], header_bytes: int) -> None:
+        self._file, self._header_bytes = file, header_bytes
+        self.bytes = 0
+        self.whole, self.part = xxhash.xxh3_128(), None
+
+    def write(self, data: pa.Buffer) -> int:
+        view = memoryview(data)
+        self._file.write(view)
+        self.whole.update(view)
+        if self.bytes >= self._header_bytes:
+            self.part.update(view)
+        self.bytes += len(view)
+        return len(view)
+
+    def flush(self) -> None:
+        self._file.flush()
+
+
+class DigestingWriter:
+    """An uncompressed Arrow IPC file written to a binary file object; equal record batches give equal bytes.
+
+    Leaving the context without an exception writes the footer; afterwards `bytes` and `digest` (xxh3-128, hex) are
+    those of the whole file.
+    """
+
+    def __init__(self, file: IO[bytes], schema: pa.Schema) -> None:
+        self._header_bytes = MAGIC_BYTES + schema.serialize().size
+        self._sink = _Sink(file, self._header_bytes)
+        self._writer = pa.ipc.new_file(pa.PythonFile(self._sink, mode="w"), schema, options=OPTIONS)
+
+    def write(self, batch: pa.RecordBatch, digest: Any) -> tuple[int, int]:
+        """Append a record batch, message header included, to the file and to `digest`; returns (offset, bytes)."""
+        # The schema is written along with the first record batch.
+        offset = max(self._sink.bytes, self._header_bytes)
+        self._sink.part = digest
+        self._writer.write_batch(batch)
+        return offset, self._sink.bytes - offset
+
+    def __enter__(self) -> DigestingWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self._sink.part = xxhash.xxh3_64()
+            self._writer.close()
+
+    @property
+    def bytes(self) -> int:
+        """Bytes written so far."""
+        return self._sink.bytes
+
+    @property
+    def digest(self) -> str:
+        """xxh3-128 of all bytes written so far, hex."""
+        return self._sink.whole.hexdigest()
+
+
+def mapped(path: str) -> pa.Buffer:
+    """A file as a view of its memory map, which stays mapped as long as the view or a part of it lives.
+
+    No file descriptor stays open. Raises FileNotFoundError.
+    """
+    with pa.memory_map(path) as source:
+        return source.read_buffer()

@@ -1,0 +1,74 @@
+"""`telar export`: a trained run as a directory that Hugging Face transformers loads."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import uuid
+from pathlib import Path
+from typing import Any
+
+from configs.errors import ConfigError
+from jobs.commands.runs import RunPlace
+
+
+def export_run(place: RunPlace, folder: str, step: int | None = None, average: int = 1) -> dict[str, Any]:
+    """Write weights, configuration and tokenizer into `folder`, which must not exist; whole or not at all.
+
+    Returns class name, folder and parameters. Raises ConfigError when the folder exists or the model has no
+    counterpart.
+    """
+    from safetensors.torch import save_file
+
+    from jobs.loading import load_trained
+    from model.export import SpecialTokens, export
+
+    target = Path(folder)
+    if target.exists():
+        raise ConfigError(f"DIR: {folder} exists; name a folder that does not, nothing is overwritten")
+    config = place.config()
+    trained = load_trained(place.storage, place.name, config, step, average)
+    tokenizer, data = trained.tokenizer, config.data
+    exported = export(
+        config.model,
+        {name: parameter.detach() for name, parameter in trained.model.named_parameters()},
+        trained.manifest.vocabulary_size,
+        SpecialTokens(tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id),
+        # Positions of the source and of the target alike; a decoder also reads bos.
+        positions=max(data.source_tokens, data.target_tokens) + 1,
+    )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}-{uuid.uuid4().hex}")
+    try:
+        temporary.mkdir()
+        save_file(exported.tensors, temporary / "model.safetensors", metadata={"format": "pt"})
+        for name, content in (
+            ("config.json", exported.config),
+            ("generation_config.json", exported.generation),
+            ("tokenizer_config.json", _tokenizer_config(exported.architecture)),
+        ):
+            (temporary / name).write_text(json.dumps(content, indent=1) + "\n")
+        (temporary / "tokenizer.json").write_bytes(tokenizer.to_bytes())
+        temporary.replace(target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return {
+        "class": exported.architecture,
+        "folder": str(target),
+        "steps": list(trained.steps),
+        "parameters": sum(parameter.numel() for parameter in trained.model.parameters()),
+    }
+
+
+def _tokenizer_config(architecture: str) -> dict[str, Any]:
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "pad_token": "<pad>",
+        "bos_token": "<bos>",
+        "eos_token": "<eos>",
+        "clean_up_tokenization_spaces": False,
+        # Sources of our encoder-decoders carry no end token, prompts of decoders start with bos (added by hand).
+        "model_input_names": ["input_ids", "attention_mask"],
+        "extra_special_tokens": {},
+        "name_or_path": architecture,
+    }

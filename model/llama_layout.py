@@ -1,0 +1,74 @@
+"""Names of a Llama's weights in transformers, and the way in from a directory of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from configs.errors import ConfigError
+
+LLAMA = {
+    "attention.query": "self_attn.q_proj",
+    "attention.key": "self_attn.k_proj",
+    "attention.value": "self_attn.v_proj",
+    "attention.output": "self_attn.o_proj",
+    "attention_output.norm": "input_layernorm",
+    "feed_forward.gate": "mlp.gate_proj",
+    "feed_forward.inner": "mlp.up_proj",
+    "feed_forward.outer": "mlp.down_proj",
+    "feed_forward_output.norm": "post_attention_layernorm",
+}
+LLAMA_ENDS = {"embedding": "model.embed_tokens", "decoder_end.norm": "model.norm", "head": "lm_head"}
+
+
+def import_llama(config: Mapping[str, Any], read: Callable[[str], Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The way in: fields of the model section, and parameters by our names, of a directory in Llama's layout.
+
+    `config` is its config.json, `read` gives a tensor by its name there. Raises ConfigError for what our model does
+    not compute: scaled rotary positions, biases, another activation.
+    """
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    for field, found, needed in (
+        ("model_type", config.get("model_type"), "llama"),
+        ("rope_parameters.rope_type", kind, "default"),
+        ("hidden_act", config.get("hidden_act", "silu"), "silu"),
+        ("attention_bias", config.get("attention_bias", False), False),
+        ("mlp_bias", config.get("mlp_bias", False), False),
+        (
+            "head_dim",
+            config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"],
+            config["hidden_size"] // config["num_attention_heads"],
+        ),
+    ):
+        if found != needed:
+            raise ConfigError(
+                f"model.init_from: config.json has {field} = {found!r}; this model computes with {needed!r}"
+            )
+    tied = bool(config.get("tie_word_embeddings", False))
+    section = {
+        "architecture": "decoder",
+        "d_model": config["hidden_size"],
+        "heads": config["num_attention_heads"],
+        "key_value_heads": config.get("num_key_value_heads") or config["num_attention_heads"],
+        "d_ff": config["intermediate_size"],
+        "decoder_layers": config["num_hidden_layers"],
+        "positions": "rotary",
+        "rotary_base": float(rope.get("rope_theta", config.get("rope_theta", 10000.0))),
+        "norm": "rms",
+        "norm_placement": "pre",
+        "norm_eps": config["rms_norm_eps"],
+        "feed_forward": "swiglu",
+        "bias": False,
+        "scale_embeddings": False,
+        "tie_embeddings": tied,
+    }
+    parameters = {
+        f"{ours}.weight": read(f"{theirs}.weight") for ours, theirs in LLAMA_ENDS.items() if ours != "head" or not tied
+    }
+    for number in range(config["num_hidden_layers"]):
+        for ours, theirs in LLAMA.items():
+            parameters[f"decoder_{number}.{ours}.weight"] = read(f"model.layers.{number}.{theirs}.weight")
+    return section, parameters
