@@ -161,7 +161,17 @@ class WeightChange(Section):
     from_step: PositiveInt = Field(
         description="optimizer steps done before the change; it takes effect at the next whole superblock of the order"
     )
-    weights: dict[str, float] = Field(description="weight of each corpus by name; corpora left out keep theirs")
+    weights: dict[str, float] = Field(
+        min_length=1,
+        description="weight of each corpus by name; corpora left out keep theirs; 0: not drawn from then on",
+    )
+
+    @model_validator(mode="after")
+    def _weights_are_shares(self) -> WeightChange:
+        for name, weight in self.weights.items():
+            if not 0 <= weight < float("inf"):
+                raise ValueError(f"weights: {weight} of {name!r} must be a finite number of 0 or more")
+        return self
 
 
 class DataSection(Section):
@@ -248,4 +258,21 @@ class DataSection(Section):
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"corpora: the name {twice[0]!r} stands twice; give each corpus its own name")
+        return self
+
+    @model_validator(mode="after")
+    def _weight_changes_follow(self) -> DataSection:
+        names, before = [corpus.name for corpus in self.corpora], 0
+        for number, change in enumerate(self.weight_changes):
+            for name in change.weights:
+                if name not in names:
+                    raise ValueError(
+                        f"weight_changes.{number}.weights: no corpus {name!r}; corpora are {', '.join(names)}"
+                    )
+            if change.from_step <= before:
+                raise ValueError(
+                    f"weight_changes.{number}.from_step: {change.from_step} must be above {before}, the step of the "
+                    "entry before; list changes by ascending step"
+                )
+            before = change.from_step
         return self

@@ -11,11 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from configs.errors import ConfigError
 from configs.schema import RunConfig
 from data.batches import Batch, collate
 from data.manifest import Manifest, ShardInfo
-from data.order import Order
+from data.mixture import make_order
 from data.shards import Samples, ShardReader, gather
 
 STEPS_AHEAD = 2
@@ -25,22 +24,6 @@ ANNOUNCED_STEPS = 64
 OPEN_TRIES = 3
 
 OpenShard = Callable[[ShardInfo], str]
-
-
-def make_order(manifest: Manifest, config: RunConfig) -> Order:
-    """The order of samples of a run; raises ConfigError when a corpus weight is too small for the mixture."""
-    try:
-        return Order(
-            [corpus.rows for corpus in manifest.corpora],
-            [corpus.weight for corpus in manifest.corpora],
-            config.run.seed,
-            config.data.lanes,
-            config.data.block_rows,
-            config.data.window_blocks,
-        )
-    except ValueError as error:
-        names = ", ".join(corpus.name for corpus in manifest.corpora)
-        raise ConfigError(f"data.corpora.weight: {error} (corpora in order: {names})") from error
 
 
 class SampleReader:

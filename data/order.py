@@ -1,11 +1,15 @@
 """The order of samples as a pure function: position in the run -> (corpus, epoch, row). No state, no tables of rows.
 
-Positions are dealt to `lanes` in turn. Each lane walks superblocks of P slots that hold every corpus in exact integer
-quotas, spread evenly, so any superblock of `lanes * P` aligned positions has the exact mixture. The n-th draw of a
-corpus is epoch n // rows; within an epoch each lane walks its own share of a keyed permutation of blocks, a window of
-blocks at a time, and rows are permuted inside the window; what lanes x blocks leave over comes last, permuted too.
-Reads stay within `lanes * window_blocks` blocks at a time. Permutations are Feistel networks with cycle walking
-(Black and Rogaway 2002), eight rounds over a 64-bit mixer.
+`data/dealing.py` maps positions to draws of corpora; this file maps draws to rows.
+
+Shuffling. Draw n of a corpus of N rows belongs to epoch n div N, at index i = n mod N. Rows come in blocks of B; each
+of the L lanes owns K = (N div B) div L whole blocks. The first L * K * B indices go to lane i mod L, at place i div L
+of its walk. A walk is cut into windows of 1, 2, 4, ... blocks while that is less than W, then of W blocks (the last is
+what remains): window j starts at block 2^j - 1 while j < r = bit length of W - 1, and at 2^r - 1 + (j - r) * W after.
+Rows are permuted inside the window, by a key of (seed, corpus, epoch, lane, window), and block k of lane l is block
+permutation(l * K + k) of the corpus, by a key of (seed, corpus, epoch). So the first rows need one block per lane, and
+reads stay within L * W blocks at a time. Blocks that do not divide among lanes and the last, short one come at the end
+of the epoch, permuted among themselves. Positions L apart share a window: their rows correlate by about 1 / W.
 """
 
 from __future__ import annotations
@@ -14,170 +18,169 @@ from collections.abc import Sequence
 
 import numpy as np
 
-ROUNDS = 8
-MOST_SLOTS = 4096
+from data.dealing import Dealing, divided
+from data.permutation import Permutations, keyed_hash, permute
+from data.schedule import Schedule
 
-U = np.uint64
-_GOLDEN = U(0x9E3779B97F4A7C15)
+# Positions worked on at one time: their arrays stay in the processor's cache.
+CHUNK = 16384
+# Fewer positions than this per corpus or epoch are worked on together, with array keys in place of single ones.
+LEAST_GROUP = 256
 
-
-def _mix(value: np.ndarray, key: np.ndarray) -> np.ndarray:
-    """A 64-bit finaliser (splitmix64, Steele et al. 2014) of value + key; arithmetic is modulo 2^64."""
-    value = value + key
-    value = (value ^ (value >> U(30))) * U(0xBF58476D1CE4E5B9)
-    value = (value ^ (value >> U(27))) * U(0x94D049BB133111EB)
-    return value ^ (value >> U(31))
-
-
-def keyed_hash(*parts: np.ndarray | int) -> np.ndarray:
-    """uint64 hash of numbers or arrays of one shape, element by element."""
-    state = np.array([0x243F6A8885A308D3], dtype=U)
-    for part in parts:
-        state = _mix(np.atleast_1d(np.asarray(part)).astype(U) ^ state, _GOLDEN)
-    return state
-
-
-def permute(index: np.ndarray, size: np.ndarray | int, key: np.ndarray) -> np.ndarray:
-    """Image of each `index` under the permutation of [0, size) that `key` selects; int64, element by element."""
-    index = np.asarray(index, dtype=np.int64)
-    size = np.broadcast_to(np.asarray(size, dtype=np.int64), index.shape)
-    key = np.broadcast_to(key, index.shape)
-    bits = np.maximum(2, _bit_length(size - 1))
-    result = index.astype(U)
-    todo = np.arange(index.size)
-    while todo.size:
-        result[todo] = _feistel(result[todo], bits[todo].astype(U), key[todo])
-        todo = todo[result[todo] >= size[todo].astype(U)]
-    return result.astype(np.int64)
-
-
-def _bit_length(value: np.ndarray) -> np.ndarray:
-    """Bits of each non-negative number; exact, unlike a floating-point logarithm."""
-    length = np.zeros(value.shape, dtype=np.int64)
-    rest = value.copy()
-    for shift in (32, 16, 8, 4, 2, 1):
-        big = rest >= (1 << shift)
-        length[big] += shift
-        rest[big] >>= shift
-    return length + (rest > 0)
-
-
-def _feistel(value: np.ndarray, bits: np.ndarray, key: np.ndarray) -> np.ndarray:
-    """A permutation of [0, 2^bits): the halves are added to in turn, each by a hash of the other."""
-    low_bits = bits - bits // U(2)
-    low_mask = (U(1) << low_bits) - U(1)
-    high_mask = (U(1) << (bits // U(2))) - U(1)
-    high, low = value >> low_bits, value & low_mask
-    for number in range(ROUNDS):
-        round_key = _mix(key, np.array([number + 1], dtype=U) * _GOLDEN)
-        if number % 2:
-            low = (low + _mix(high, round_key)) & low_mask
-        else:
-            high = (high + _mix(low, round_key)) & high_mask
-    return (high << low_bits) | low
-
-
-def quotas(weights: Sequence[float]) -> list[int]:
-    """Slots of each corpus in a superblock: exact where at most 4,096 slots allow, else by largest remainder.
-
-    Raises ValueError when a weight is too small to get a slot.
-    """
-    total = sum(weights)
-    shares = np.asarray(weights, dtype=np.float64) / total
-    for slots in range(len(shares), MOST_SLOTS + 1):
-        exact = shares * slots
-        counts = np.rint(exact)
-        if (np.abs(exact - counts) < 1e-9 * slots).all() and (counts > 0).all() and counts.sum() == slots:
-            return [int(count) for count in counts]
-    exact = shares * MOST_SLOTS
-    counts = np.floor(exact).astype(int)
-    missing = MOST_SLOTS - int(counts.sum())
-    counts[np.argsort(-(exact - counts), kind="stable")[:missing]] += 1
-    if (counts == 0).any():
-        number = int(np.argmin(counts))
-        raise ValueError(
-            f"weight {weights[number]} of corpus {number} is less than 1/{MOST_SLOTS} of all weights ({total}); raise "
-            f"it to {total / MOST_SLOTS:.6g} or more, or remove the corpus"
-        )
-    return [int(count) for count in counts]
+Number = np.ndarray | np.int64
 
 
 class Order:
-    """`order(positions)` for any positions, in any sequence, at the same cost.
+    """`order(positions)` for any positions, in any sequence; cheapest per position for thousands in ascending order.
 
-    `rows` and `weights` are per corpus. Raises ValueError for a corpus without rows or with too small a weight.
+    `rows` is per corpus; `weights` too, or a schedule of them. Memory is that of the slot tables (4,096 slots at most
+    per segment) and does not depend on rows. Raises ValueError for a corpus without rows, a weight too small for a
+    slot, and a schedule that does not begin at 0 or changes inside a superblock.
     """
 
     def __init__(
         self,
         rows: Sequence[int],
-        weights: Sequence[float],
+        weights: Sequence[float] | Schedule,
         seed: int,
         lanes: int,
         block_rows: int,
         window_blocks: int,
     ) -> None:
-        if len(rows) != len(weights) or min(rows) < 1:
+        self.schedule = weights if isinstance(weights, Schedule) else Schedule.constant(weights)
+        if any(len(segment.weights) != len(rows) for segment in self.schedule.segments) or min(rows) < 1:
             raise ValueError(f"each corpus needs a weight and at least one row; rows are {list(rows)}")
         self._rows = np.asarray(rows, dtype=np.int64)
-        self._seed, self._lanes = seed, lanes
-        self._block_rows, self._window_blocks = block_rows, window_blocks
-        self._quotas = np.asarray(quotas(weights), dtype=np.int64)
-        # Slot table of a superblock: each corpus's draws at equal distances, the corpora interleaved.
-        corpus = np.repeat(np.arange(len(rows)), self._quotas)
-        draw = np.concatenate([np.arange(quota) for quota in self._quotas])
-        place = np.argsort((draw + 0.5) / self._quotas[corpus], kind="stable")
-        self._slot_corpus, self._slot_draw = corpus[place], draw[place]
+        self._seed, self._lanes, self._block_rows, self._window_blocks = seed, lanes, block_rows, window_blocks
+        self._blocks = self._rows // block_rows
+        self._lane_blocks = self._blocks // lanes
+        self._in_lanes = self._lane_blocks * lanes * block_rows
+        self._ramp = (window_blocks - 1).bit_length()
+        self._ramp_blocks = 2**self._ramp - 1
+        self._dealing = Dealing(self.schedule, len(rows), seed, lanes)
 
     @property
     def superblock(self) -> int:
-        """Aligned positions over which the mixture is exact."""
-        return self._lanes * len(self._slot_corpus)
+        """Aligned positions over which the mixture is exact, in the first segment of the schedule."""
+        return self._dealing.superblock
 
     def __call__(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Corpus, epoch and row of each position, int64 `[positions]`; positions are 0 or more."""
         positions = np.asarray(positions, dtype=np.int64)
-        slots = len(self._slot_corpus)
-        lane, turn = positions % self._lanes, positions // self._lanes
-        superblock = turn // slots
-        # Lanes are evenly staggered over the slot table, so that neighbouring positions have the mixture too.
-        stagger = lane * slots // self._lanes
-        rotation = (keyed_hash(self._seed, 1, superblock) % U(slots)).astype(np.int64)
-        slot = (turn + stagger + rotation) % slots
-        corpus = self._slot_corpus[slot]
-        draw = (superblock * self._quotas[corpus] + self._slot_draw[slot]) * self._lanes + lane
-        epoch = draw // self._rows[corpus]
-        return corpus, epoch, self._shuffled(corpus, epoch, draw % self._rows[corpus])
+        corpus, epoch, row = (np.empty_like(positions) for _ in range(3))
+        for start in range(0, positions.size, CHUNK):
+            part = slice(start, start + CHUNK)
+            self._fill(positions[part], corpus[part], epoch[part], row[part])
+        return corpus, epoch, row
 
-    def _shuffled(self, corpus: np.ndarray, epoch: np.ndarray, index: np.ndarray) -> np.ndarray:
-        """Row at place `index` of an epoch of a corpus."""
-        rows, size = self._rows[corpus], self._block_rows
-        blocks = rows // size
-        lane_blocks = blocks // self._lanes
-        in_lanes = lane_blocks * self._lanes * size
-        block_key = keyed_hash(self._seed, 2, corpus, epoch)
-        result = np.empty_like(index)
+    def _fill(self, positions: np.ndarray, corpus: np.ndarray, epoch: np.ndarray, row: np.ndarray) -> None:
+        which, draw = self._dealing(positions)
+        corpus[:] = which
+        self._shuffle(which, draw, epoch, row)
 
-        inside = np.flatnonzero(index < in_lanes)
-        if inside.size:
-            lane, place = index[inside] % self._lanes, index[inside] // self._lanes
-            window_rows = self._window_blocks * size
-            window = place // window_rows
-            width = np.minimum(window_rows, lane_blocks[inside] * size - window * window_rows)
-            key = keyed_hash(self._seed, 3, corpus[inside], epoch[inside], lane, window)
-            at = permute(place % window_rows, width, key)
-            block = lane * lane_blocks[inside] + window * self._window_blocks + at // size
-            result[inside] = permute(block, blocks[inside], block_key[inside]) * size + at % size
+    def _shuffle(self, corpus: Number, draw: np.ndarray, epoch: np.ndarray, row: np.ndarray) -> None:
+        """Epoch and row of each draw, one corpus after the other where each has many."""
+        if np.ndim(corpus) == 0:
+            self._shuffle_corpus(corpus, draw, epoch, row)
+            return
+        counts = np.bincount(corpus, minlength=len(self._rows))
+        present = np.flatnonzero(counts)
+        if len(present) * LEAST_GROUP > draw.size:
+            epoch[:] = draw // self._rows[corpus]
+            row[:] = self._rows_at(corpus, epoch, draw - epoch * self._rows[corpus])
+            return
+        together = np.argsort(corpus.astype(np.uint16), kind="stable")
+        ends = np.cumsum(counts)
+        for number in present:
+            chosen = together[ends[number] - counts[number] : ends[number]]
+            found_epoch, found_row = np.empty((2, chosen.size), dtype=np.int64)
+            self._shuffle_corpus(number, draw[chosen], found_epoch, found_row)
+            epoch[chosen], row[chosen] = found_epoch, found_row
 
-        rest = np.flatnonzero(index >= in_lanes)
-        if rest.size:
-            key = keyed_hash(self._seed, 4, corpus[rest], epoch[rest])
-            at = permute(index[rest] - in_lanes[rest], rows[rest] - in_lanes[rest], key)
-            whole = blocks[rest] * size
-            # Blocks that did not divide among lanes, then the rows of the last, short block.
-            block = np.minimum(lane_blocks[rest] * self._lanes + at // size, blocks[rest] - 1)
-            in_block = in_lanes[rest] + at < whole
-            result[rest] = in_lanes[rest] + at
-            moved = rest[in_block]
-            result[moved] = permute(block[in_block], blocks[moved], block_key[moved]) * size + at[in_block] % size
-        return result
+    def _shuffle_corpus(self, corpus: np.int64, draw: np.ndarray, epoch: np.ndarray, row: np.ndarray) -> None:
+        epoch[:], index = divided(draw, int(self._rows[corpus]))
+        first, last = epoch.min(), epoch.max()
+        if first == last:
+            row[:] = self._rows_at(corpus, first, index)
+        elif (last - first + 1) * LEAST_GROUP > draw.size:
+            row[:] = self._rows_at(corpus, epoch, index)
+        else:
+            for number in range(first, last + 1):
+                chosen = np.flatnonzero(epoch == number)
+                if chosen.size:
+                    row[chosen] = self._rows_at(corpus, np.int64(number), index[chosen])
+
+    def _rows_at(self, corpus: Number, epoch: Number, index: np.ndarray) -> np.ndarray:
+        """Row at place `index` of an epoch of a corpus; both may be one number for all."""
+        inside = index < self._in_lanes[corpus]
+        if inside.all():
+            return self._in_windows(corpus, epoch, index)
+        row = np.empty_like(index)
+        for chosen, rows_of in ((np.flatnonzero(inside), self._in_windows), (np.flatnonzero(~inside), self._left_over)):
+            if chosen.size:
+                row[chosen] = rows_of(_at(corpus, chosen), _at(epoch, chosen), index[chosen])
+        return row
+
+    def _in_windows(self, corpus: Number, epoch: Number, index: np.ndarray) -> np.ndarray:
+        lane_blocks, size = self._lane_blocks[corpus], self._block_rows
+        place, lane = divided(index, self._lanes)
+        window = self._window_of(place // size)
+        low, high = int(window.min()), int(window.max())
+        single = np.ndim(corpus) == 0 and np.ndim(epoch) == 0
+        # One key per (lane, window) where positions lie close together, else one per position.
+        which, key_lane, key_window = None, lane, window
+        if single and (high + 1 - low) * self._lanes <= index.size:
+            which = lane * (high + 1 - low) + (window - low)
+            key_lane = np.repeat(np.arange(self._lanes), high + 1 - low)
+            key_window = np.tile(np.arange(low, high + 1), self._lanes)
+        key = keyed_hash(self._seed, 3, corpus, epoch, key_lane, key_window)
+        width = np.minimum(self._width(key_window), lane_blocks - self._first_block(key_window))
+        first = self._first_block(window)
+        block, row = divided(Permutations(width * size, key)(place - first * size, which), size)
+        block += first
+        blocks, block_key = self._blocks[corpus], keyed_hash(self._seed, 2, corpus, epoch)
+        # Likewise one evaluation per block of the lanes' windows, else one per position.
+        low = int(self._first_block(np.int64(low)))
+        span = int(block.max()) + 1 - low
+        if single and span * self._lanes <= index.size:
+            table = np.arange(low, low + span) + np.arange(self._lanes)[:, None] * lane_blocks
+            block = permute(table.ravel(), blocks, block_key)[lane * span + (block - low)]
+        else:
+            block = permute(lane * lane_blocks + block, blocks, block_key)
+        return block * size + row
+
+    def _window_of(self, block: np.ndarray) -> np.ndarray:
+        """Window of each block of a lane's walk."""
+        window = (block - self._ramp_blocks) // self._window_blocks + self._ramp
+        if self._ramp_blocks and block.min() < self._ramp_blocks:
+            # frexp's exponent is the bit length, exact below 2^53.
+            window = np.where(block < self._ramp_blocks, np.frexp(block + 1.0)[1] - 1, window)
+        return window
+
+    def _first_block(self, window: Number) -> Number:
+        early = np.minimum(window, self._ramp)
+        return (1 << early) - 1 + (window - early) * self._window_blocks
+
+    def _width(self, window: Number) -> Number:
+        return np.where(window < self._ramp, 1 << np.minimum(window, self._ramp), self._window_blocks)
+
+    def _left_over(self, corpus: Number, epoch: Number, index: np.ndarray) -> np.ndarray:
+        rows, blocks, in_lanes, size = (
+            self._rows[corpus],
+            self._blocks[corpus],
+            self._in_lanes[corpus],
+            self._block_rows,
+        )
+        at = permute(index - in_lanes, rows - in_lanes, keyed_hash(self._seed, 4, corpus, epoch)) + in_lanes
+        # Rows of whole blocks follow their block; those of the last, short block are where they are.
+        moved = np.flatnonzero(at < blocks * size)
+        if not moved.size:
+            return at
+        block, row = divided(at[moved], size)
+        key = keyed_hash(self._seed, 2, _at(corpus, moved), _at(epoch, moved))
+        at[moved] = permute(block, _at(blocks, moved), key) * size + row
+        return at
+
+
+def _at(value: Number, chosen: np.ndarray) -> Number:
+    return value if np.ndim(value) == 0 else value[chosen]

@@ -25,10 +25,11 @@ from cluster.environment import DASHBOARD_VARIABLE, JOB_ID_VARIABLE, ROOT, runti
 from cluster.inventory import check_capacity, check_storage_is_shared
 from cluster.storage import Storage
 from configs.errors import ConfigError, StorageError
-from configs.load import apply_overrides, changed_fields, config_digest, load_config, parse_config, to_yaml
+from configs.load import apply_overrides, config_digest, load_config, parse_config, to_yaml
 from configs.schema import RunConfig
 from jobs.commands.addresses import given_address
 from jobs.commands.paths import with_absolute_paths
+from jobs.commands.resuming import check_resumable
 from jobs.commands.runs import TERMINAL, RunPlace, locate, state_of, storage_for
 from jobs.ledger import STOP_REQUEST
 from jobs.trainable import check_trainable
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
 
 # Inputs up to this size are read through once before a job on this machine is submitted; larger ones by the job.
 CHECKED_INPUT_BYTES = 64 * 2**20
-CHANGEABLE = ("cluster", "parallelism", "elastic", "evaluate", "tracking", "checkpoint", "train.steps")
 
 
 @dataclass(frozen=True)
@@ -170,12 +170,7 @@ def _resumed(request: Request) -> tuple[RunPlace, RunConfig]:
     origin = f"{place.url}/config.yaml"
     old = parse_config(yaml.safe_load(text), origin)
     new = parse_config(apply_overrides(yaml.safe_load(text), request.overrides), origin)
-    for name in changed_fields(old, new):
-        if not any(name == allowed or name.startswith(f"{allowed}.") for allowed in CHANGEABLE):
-            raise ConfigError(
-                f"{name}: cannot change when a run is resumed; only {', '.join(CHANGEABLE)} may; start a new run "
-                "for another value"
-            )
+    check_resumable(old, new, place)
     return place, new
 
 
