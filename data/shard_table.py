@@ -20,7 +20,7 @@ import xxhash
 
 from cluster.storage import Storage
 from configs.errors import DataError
-from data.arrow_file import DigestingWriter, mapped
+from data.arrow_file import DigestingWriter, mapped, view
 
 BLOCK_SHARDS = 256
 COPY_BYTES = 1 << 20
@@ -121,12 +121,12 @@ class _Columns:
 
     def __init__(self, content: pa.Buffer) -> None:
         batch = pa.ipc.read_record_batch(content, SCHEMA)
-        self.first_row = batch["first_row"].to_numpy()
+        self.first_row = view(batch["first_row"])
         self._paths, self._digests = batch["path"], batch["digest"]
-        self._numbers = [batch[name].to_numpy() for name in ("rows", "source_tokens", "target_tokens", "bytes")]
+        self._numbers = [view(batch[name]) for name in ("rows", "source_tokens", "target_tokens", "bytes")]
         lists = [batch[name] for name in ("batch_offsets", "batch_bytes", "batch_digests")]
-        self._batch_ends = lists[0].offsets.to_numpy()
-        self._batches = [column.values.to_numpy() for column in lists]
+        self._batch_ends = view(lists[0].offsets)
+        self._batches = [view(column.values) for column in lists]
 
     def shard(self, at: int) -> ShardInfo:
         part = slice(self._batch_ends[at], self._batch_ends[at + 1])

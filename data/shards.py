@@ -15,7 +15,7 @@ import pyarrow as pa
 import xxhash
 
 from configs.errors import DataError
-from data.arrow_file import MAGIC_BYTES, mapped
+from data.arrow_file import MAGIC_BYTES, mapped, view
 from data.shard_table import ShardInfo
 from data.shard_writer import shard_schema, token_type, write_shard
 
@@ -124,16 +124,21 @@ class ShardReader:
             raise self._damaged(f"has {parsed.num_rows} rows in record batch {batch}, {expected} expected")
         starts = np.zeros((4, 2), dtype=np.int64)
         for number, column in enumerate(parsed.columns):
-            offsets = column.offsets.to_numpy()
+            buffers = column.buffers()
+            offsets = view(column.offsets)
             if column.null_count or offsets[0] != 0 or np.diff(offsets).min() < 0 or offsets[-1] > len(column.values):
                 raise self._damaged(f"has offsets out of order in record batch {batch}")
-            buffers = column.buffers()
             width = column.values.type.bit_width // 8
             for at, buffer, size in ((0, buffers[1], 4), (1, buffers[3], width)):
                 # A column without any value may have no buffer; nothing is read through its start.
                 starts[number, at] = (buffer.address - self._content.address) // size if buffer else 0
         self._starts[batch] = starts
         self._located[batch] = True
+
+    @property
+    def block_rows(self) -> int:
+        """Rows of each record batch but the last, which may have fewer."""
+        return self._block_rows
 
     def spans(self, rows: np.ndarray, tokens_follow: bool = True) -> tuple[np.ndarray, np.ndarray]:
         """Starts and ends of rows, int64 `[4, n]` each: places in `tokens` (0: source, 2: labels) and in `numbers`.

@@ -1,6 +1,8 @@
 """Serving samples: what a batch holds, any replica count sees the same global batch, errors and closing."""
 
+import json
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,9 +11,10 @@ from cluster.storage import Storage
 from configs.errors import ConfigError, DataError
 from configs.load import parse_config
 from data.batches import collate
-from data.loader import Loader, SampleReader, consumed_pairs, consumed_targets
+from data.loader import Loader, consumed_pairs, consumed_targets
 from data.order import Order
 from data.prepare import prepare
+from data.reader import SampleReader
 from data.runners import serial
 from data.shard_server import plain_opener
 from data.shards import ShardReader, gather
@@ -19,6 +22,7 @@ from data.tokenizer import Tokenizer
 
 FIELDS = ("source_tokens", "source_positions", "source_segments", "target_tokens", "target_positions")
 ARRAYS = (*FIELDS, "target_segments", "labels", "loss_weight")
+TYPES = {name: np.int32 for name in ARRAYS if name.endswith(("positions", "segments"))} | {"loss_weight": np.float32}
 GLOBAL, MICRO = 12, 2
 
 
@@ -63,9 +67,14 @@ def steps_of(prepared, replica, replicas, start, count):
     _, config, storage, manifest = prepared
     loader = Loader(manifest, config, plain_opener(storage, manifest), replica, replicas, start)
     try:
-        return [loader.next_step() for _ in range(count)]
+        return [[copied(batch) for batch in loader.next_step()] for _ in range(count)]
     finally:
         loader.close()
+
+
+def copied(batch):
+    """The batch in memory of its own: the loader's is written over two steps later."""
+    return replace(batch, **{name: getattr(batch, name).copy() for name in ARRAYS})
 
 
 def assert_same(one, other):
@@ -113,7 +122,7 @@ def test_batches_equal_a_loop_over_tokens(prepared):
                     array = getattr(batch, name)
                     width = config.data.source_tokens if name.startswith("source") else config.data.target_tokens
                     assert array.shape == (MICRO, width)
-                    assert array.dtype == (np.float32 if name == "loss_weight" else np.int32)
+                    assert array.dtype == TYPES.get(name, np.int64)
                     values = expected[name]
                     padding = manifest.pad_id if name.endswith("tokens") or name == "labels" else 0
                     assert array[line].tolist() == values + [padding] * (width - len(values)), name
@@ -177,8 +186,10 @@ def test_state_counts_samples_of_steps_handed_out(prepared):
     loader = Loader(manifest, config, plain_opener(storage, manifest), 0, 2, 7)
     loader.next_step()
     assert loader.data_wait_seconds > 0
-    assert loader.state() == {"data_digest": manifest.digest, "seed": 9, "samples_consumed": 8 * GLOBAL}
+    state = loader.state()
     loader.close()
+    assert len(json.dumps(state)) < 1000 and len(state.pop("schedule")) == 16
+    assert state == {"data_digest": manifest.digest, "seed": 9, "samples_consumed": 8 * GLOBAL, "quarantined": []}
 
 
 def test_errors_of_the_reading_thread_reach_next_step_every_time(prepared):

@@ -1,0 +1,137 @@
+"""Memory-mapped shards and the places of rows in them: a bounded number of maps and of parsed record batches."""
+
+from __future__ import annotations
+
+import resource
+from collections import OrderedDict, deque
+from collections.abc import Callable
+
+import numpy as np
+
+from data.manifest import ShardInfo
+from data.quarantine import QuarantinedShard
+from data.shards import Row, ShardReader
+
+OPEN_TRIES = 3
+LEAST_MAPS = 256
+LEAST_BLOCKS = 1024
+# Of the files that a process may have open, the share that maps may take (each map holds its file open).
+FILE_SHARE = 4
+
+OpenShard = Callable[[ShardInfo], str]
+_NO_TOKENS = np.empty(0, dtype=np.uint16)
+_NO_LENGTHS = np.empty(0, dtype=np.int32)
+_MASKED: Row = (_NO_TOKENS, _NO_LENGTHS, _NO_TOKENS, _NO_LENGTHS)
+
+
+class Block:
+    """Where the rows of one record batch lie. `full` lists starts and ends of labels in `tokens`, when each row is one
+    pair without a source.
+    """
+
+    __slots__ = ("_bounds", "_numbers", "full", "tokens")
+
+    def __init__(self, reader: ShardReader, first: int, rows: int) -> None:
+        self.tokens, self._numbers = reader.tokens, reader.numbers
+        starts, ends = reader.spans(np.arange(first, first + rows))
+        # Of each row: start and end of source, source lengths, labels and label lengths in turn.
+        self._bounds = np.stack([starts, ends], axis=1).reshape(8, rows).T
+        pairs, sources = ends[1] - starts[1], ends[0] - starts[0]
+        # Lists of int are read three times as fast as arrays, one number at a time.
+        self.full = (starts[2].tolist(), ends[2].tolist()) if not sources.any() and (pairs == 1).all() else None
+
+    def row(self, at: int) -> Row:
+        """The row at place `at` of the record batch."""
+        a, b, c, d, e, f, g, h = self._bounds[at].tolist()
+        return self.tokens[a:b], self._numbers[c:d], self.tokens[e:f], self._numbers[g:h]
+
+    def lengths(self, at: int) -> tuple[int, int]:
+        """Source tokens and label tokens of the row at place `at`."""
+        a, b, _, _, e, f, _, _ = self._bounds[at].tolist()
+        return b - a, f - e
+
+
+class MaskedBlock:
+    """Stands for a whole quarantined shard: rows without pairs."""
+
+    full = None
+
+    def row(self, at: int) -> Row:
+        """A row without pairs."""
+        return _MASKED
+
+
+class _Opened:
+    """A mapped shard and those of its record batches that are parsed; without a reader, a quarantined one."""
+
+    __slots__ = ("block_rows", "blocks", "reader")
+
+    def __init__(self, reader: ShardReader | None) -> None:
+        self.reader = reader
+        self.block_rows = reader.block_rows if reader is not None else 1 << 62
+        self.blocks: dict[int, Block | MaskedBlock] = {} if reader is not None else {0: MaskedBlock()}
+
+
+class OpenShards:
+    """Shards by number, opened when first asked for and closed when others were used more recently.
+
+    `info(number)` describes a shard; `open_shard` gives the path of a verified copy. At least `blocks_at_once` record
+    batches stay parsed, so that an order that walks so many at a time parses each once.
+    """
+
+    def __init__(self, info: Callable[[int], ShardInfo], open_shard: OpenShard, blocks_at_once: int) -> None:
+        self._info, self._open_shard = info, open_shard
+        files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        self._most_maps = min(max(LEAST_MAPS, blocks_at_once), max(1, files // FILE_SHARE))
+        self._most_blocks = max(LEAST_BLOCKS, 2 * blocks_at_once)
+        self._opened: OrderedDict[int, _Opened] = OrderedDict()
+        self._parsed: deque[tuple[_Opened, int]] = deque()
+        self._masked: dict[int, _Opened] = {}
+
+    @property
+    def quarantined(self) -> list[str]:
+        """Paths of the shards that were found quarantined, sorted."""
+        return sorted(self._info(number).path for number in self._masked)
+
+    def find(self, shard: int, row: int) -> tuple[Block | MaskedBlock, int]:
+        """The record batch of a row of a shard, and the row's place in it.
+
+        Raises what `open_shard` raises, but QuarantinedShard, which gives rows without pairs from then on.
+        """
+        opened = self._opened.get(shard)
+        if opened is None:
+            opened = self._masked.get(shard) or self._open(shard)
+        number, at = divmod(row, opened.block_rows)
+        block = opened.blocks.get(number)
+        return (block if block is not None else self._parse(shard, opened, number)), at
+
+    def _parse(self, shard: int, opened: _Opened, number: int) -> Block:
+        first = number * opened.block_rows
+        rows = min(opened.block_rows, self._info(shard).rows - first)
+        block = opened.blocks[number] = Block(opened.reader, first, rows)
+        self._parsed.append((opened, number))
+        if len(self._parsed) > self._most_blocks:
+            old, gone = self._parsed.popleft()
+            old.blocks.pop(gone, None)
+        self._opened.move_to_end(shard)
+        return block
+
+    def _open(self, shard: int) -> _Opened:
+        info = self._info(shard)
+        for attempt in range(1, OPEN_TRIES + 1):
+            try:
+                opened = self._opened[shard] = _Opened(ShardReader(self._open_shard(info), info))
+                break
+            except QuarantinedShard:
+                masked = self._masked[shard] = _Opened(None)
+                return masked
+            except FileNotFoundError:
+                # A full cache may evict the file between its path being told and its being mapped.
+                if attempt == OPEN_TRIES:
+                    raise
+        if len(self._opened) > self._most_maps:
+            # Its record batches go with it: they are views of the map and would keep it open.
+            _, old = self._opened.popitem(last=False)
+            old.blocks.clear()
+            old.reader.close()
+        return opened
