@@ -87,14 +87,20 @@ def _lengths(corpus: CorpusInfo, open_shard: OpenShard) -> dict[str, Any]:
         reader.close()
     source, target = (np.concatenate(side) for side in sides)
     # Bin 0 holds length 0, bin b from 2^(b-1) to 2^b - 1: frexp gives the number of bits.
-    width = int(max(np.frexp(source)[1].max(), np.frexp(target)[1].max())) + 1
+    longest = int(max(source.max(), target.max()))
+    width = longest.bit_length() + 1
     counted = [np.bincount(np.frexp(side)[1], minlength=width).tolist() for side in (source, target)]
     return {
         "shards": len(chosen),
         "rows": rows_read,
         "pairs": len(source),
         "bins": [
-            {"least": 2**b // 2, "most": max(0, 2**b - 1), "source": counted[0][b], "target": counted[1][b]}
+            {
+                "least": 2**b // 2,
+                "most": min(2**b - 1, longest),
+                "source": counted[0][b],
+                "target": counted[1][b],
+            }
             for b in range(width)
         ],
         "source": _quantiles(source),

@@ -96,16 +96,18 @@ def _order(order: dict[str, Any]) -> str:
     )
 
 
-def _table(*columns: str) -> Table:
+def _table(*columns: str, gap: int = 2) -> Table:
     """A table without lines; the first column is text, the others are numbers."""
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
+    table = Table(box=None, padding=(0, gap, 0, 0), pad_edge=False, header_style="bold")
     for number, column in enumerate(columns):
         table.add_column(column, justify="right" if number else "left", overflow="fold", no_wrap=number > 0)
     return table
 
 
 def _corpus_table(corpora: list[dict[str, Any]]) -> Table:
-    table = _table("corpus", "shards", "samples", "pairs", "held out", "source", "full", "target", "full")
+    table = _table(
+        "corpus", "shards", "samples", "pairs", "held out", "source tokens", "full", "target tokens", "full", gap=1
+    )
     numbers = (
         "shards",
         "rows",
@@ -135,11 +137,12 @@ def short(number: int) -> str:
     if number < 10_000:
         return f"{number:,}"
     value = float(number)
-    for unit in ("k", "M", "G", "T"):
+    for unit in "kMGTPE":
         value /= 1000
-        if value < 999.5 or unit == "T":
-            return f"{value:.3g} {unit}" if value >= 1 else f"{value:.2g} {unit}"
-    raise AssertionError("unreachable")
+        for decimals, limit in ((2, 9.995), (1, 99.95), (0, 999.5)):
+            if value < limit:
+                return f"{value:.{decimals}f} {unit}"
+    return f"{value:.0f} E"
 
 
 def _mixture_title(result: dict[str, Any], segment: dict[str, Any]) -> Text:
@@ -207,7 +210,7 @@ def _bar_length(count: int, most: int, room: int) -> int:
 
 def _counts(corpus: dict[str, Any]) -> Text:
     found = ", ".join(f"{name}: {number:,}" for name, number in corpus["counts"].items() if number)
-    return Text(found or "nothing was left out")
+    return Text(f"input: {found}", style="dim")
 
 
 def _samples(result: dict[str, Any], styled: bool) -> list[RenderableType]:
