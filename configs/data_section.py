@@ -16,8 +16,8 @@ class CorpusSection(Section):
     `python`: one record per function: `signature`, `body` (without docstring; signature and body compile together),
     `name`, `words` (those of the name), `docstring`, `summary` (its first line), `text` (the docstring as prose),
     `context` (the code of the file before it), `path`; a record whose target fields are empty is left out.
-    `text`: `text` and `path`, one record per group of whole paragraphs (2,000 characters or somewhat more; what has no
-    blank line for 32,768 is cut at a line's end or a blank).
+    `text`: `text` and `path`, one record per group of whole paragraphs (2,000 characters or somewhat more; before more
+    than 32,768 without a blank line are reached, a record ends at the end of a line, or after a blank in a long line).
     `jsonl`, `json`: each object's own fields; see `records` for nested ones. A `json` file holds one document of at
     most 256 MiB unpacked; a list at its top gives one record per entry. A line of `jsonl` has at most 256 MiB.
     `csv`, `tsv`: the columns of the first line, or those named in `columns`; empty lines are passed over.

@@ -87,9 +87,12 @@ def _paragraph_groups(corpus: CorpusSection, file: SourceFile, stream: IO[bytes]
     group: list[str] = []
     size = 0
     for line in lines(corpus, file.url, stream, cut_at=MOST_GROUP_CHARACTERS):
+        if size + len(line) > MOST_GROUP_CHARACTERS:
+            yield from _group_record(group, file)
+            group, size = [], 0
         group.append(line)
         size += len(line)
-        if size >= MOST_GROUP_CHARACTERS or (size >= PARAGRAPH_GROUP_CHARACTERS and not line.strip()):
+        if size >= PARAGRAPH_GROUP_CHARACTERS and not line.strip():
             yield from _group_record(group, file)
             group, size = [], 0
     yield from _group_record(group, file)

@@ -182,10 +182,9 @@ def test_lengths_are_counted_in_a_bounded_number_of_shards_and_rows(tmp_path, mo
         assert corpus["shards"] > MEASURED_SHARDS == corpus["lengths"]["shards"]
         assert 56 < corpus["lengths"]["rows"] == sum(each["source"] for each in corpus["lengths"]["bins"]) <= 64
     result = {**inspect(str(tmp_path / "small.yaml"), str(tmp_path / "runs"), (), None, 1), "corpora": found}
-    assert (
-        f"{found[0]['lengths']['pairs']} of {found[0]['pairs']:,} pairs looked at, in 16 of {found[0]['shards']:,} shards"
-        in as_text(result, 120)
-    )
+    first, looked = found[0], found[0]["lengths"]["pairs"]
+    said = f"{looked} of {first['pairs']:,} pairs looked at, in 16 of {first['shards']:,} shards"
+    assert said in as_text(result, 120)
 
 
 def test_a_run_a_manifest_and_a_configuration_name_the_same_data(project, monkeypatch):
