@@ -24,8 +24,8 @@ ARROW_FILE_MAGIC = b"ARROW1"
 def parquet_tables(stream: IO[bytes], origin: str, binary: Collection[str] = ()) -> Iterator[pa.Table]:
     """Tables of at most BATCH_ROWS rows of a Parquet file; raises DataError for another file.
 
-    A table holds about BATCH_BYTES at most, or one row, and READ_BYTES of a column are read at a time. Columns of
-    binary values are not read, but for those named in `binary`.
+    A table holds about BATCH_BYTES at most, or one row; of a column READ_BYTES are read at a time, or a page of the
+    file where that is larger. Columns of binary values are not read, but for those named in `binary`.
     """
     with _whole(origin, "Parquet file"):
         # By default iter_batches reads all row groups ahead, that is the whole file.

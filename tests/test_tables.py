@@ -123,7 +123,9 @@ def test_images_of_a_folder_that_the_datasets_library_reads(tmp_path, monkeypatc
 def test_large_images_are_in_memory_a_few_at_a_time(tmp_path):
     megabyte = bytes(range(256)) * 4096
     table = pa.table({"a": [str(i) for i in range(160)], "image": [megabyte] * 160})
-    pq.write_table(table, tmp_path / "t.parquet", compression="none", use_dictionary=False, row_group_size=80)
+    # Pages hold as many rows as are written at once, and are read whole.
+    plain = {"compression": "none", "use_dictionary": False, "row_group_size": 160, "write_batch_size": 2}
+    pq.write_table(table, tmp_path / "t.parquet", **plain)
     del table
     before, peak, rows = pa.total_allocated_bytes(), 0, 0
     section = corpus(tmp_path, "parquet")
