@@ -1,11 +1,12 @@
 """Positions of a run are dealt to corpora: position -> (corpus, number of the draw from it), by the schedule.
 
-In a segment of the schedule that begins at position F, with quotas q[c], P = sum(q) slots and L lanes,
-position p has lane = (p - F) mod L, turn = (p - F) div L, superblock = turn div P, and takes slot
-(turn + lane * P div L + hash(seed, 1, F + superblock * L * P)) mod P of a table in which the draws of every corpus
-stand at equal distances. A slot is (corpus c, its draw d of 0 .. q[c] - 1); the draw number within the run is
-base[c] + (superblock * q[c] + d) * L + lane, where base[c] counts the draws of all segments before. So every
-superblock of L * P aligned positions has the exact mixture, and draws 0, 1, 2, ... of a corpus happen once each.
+In a segment of the schedule that begins at position F, with quotas q[c], P = sum(q) slots and L lanes, position p has
+lane = (p - F) mod L, turn = (p - F) div L, superblock = turn div P, and takes slot
+(turn + lane * P div L + hash(seed, 1, F + superblock * L * P)) mod P of a table. The table holds the draws
+d = 0 .. q[c] - 1 of every corpus c, sorted by (d + 1/2) / q[c], then by c, so that each corpus's stand at equal
+distances. The draw's number within the run is base[c] + (superblock * q[c] + d) * L + lane, where base[c] counts the
+draws of all segments before. So every superblock of L * P aligned positions has the exact mixture, and draws
+0, 1, 2, ... of a corpus happen once each.
 """
 
 from __future__ import annotations

@@ -6,16 +6,17 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from configs.schema import RunConfig
 from data.batches import Batch, Collator
-from data.manifest import Manifest
+from data.manifest import Manifest, ShardInfo
 from data.open_shards import OpenShard
-from data.reader import SampleReader
+from data.quarantine import shards_named
+from data.reader import PLANNED_ROWS, SampleReader
 from data.ring import Arrays, Ring
 from data.share import Share
 from data.state import check_state, make_state
@@ -58,6 +59,8 @@ class Loader:
             manifest.bos_id,
             fitted=config.data.bucket_batches > 0,
         )
+        self._restore: Callable[[Sequence[ShardInfo]], None] | None = getattr(open_shard, "restore", None)
+        self._known_quarantined: set[str] = set()
         self.data_wait_seconds = 0.0
         self._start(start_step)
 
@@ -90,15 +93,20 @@ class Loader:
     def state(self) -> dict[str, Any]:
         """All that is needed to go on elsewhere, after the steps handed out so far; see `data.state.make_state`."""
         consumed = self._step * self._share.batch
-        return make_state(self._manifest, self._config, consumed, self._reader.quarantined)
+        quarantined = sorted(self._known_quarantined.union(self._reader.quarantined))
+        return make_state(self._manifest, self._config, consumed, quarantined)
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Go on where `state` was taken, at whatever number of replicas; nothing is read again.
 
-        Raises DataError or ConfigError, naming both sides, when the state is of other data or of another order.
+        Shards that the state names as quarantined are told to the opener (its `restore`, if it has one). Raises
+        DataError or ConfigError, naming both sides, when the state is of other data or of another order.
         """
         check_state(state, self._manifest, self._config)
         self.close()
+        self._known_quarantined = set(state["quarantined"])
+        if self._restore is not None:
+            self._restore(shards_named(self._manifest, state["quarantined"]))
         self._start(state["samples_consumed"] // self._share.batch)
 
     state_dict = state
@@ -156,8 +164,9 @@ def consumed_pairs(
     """(corpus name, labels) of every packed pair in steps [0, steps), in the order of training; labels are int64."""
     reader = SampleReader(manifest, config, open_shard)
     batch = config.train.global_batch_sequences
-    for step in range(steps):
-        positions = reader.positions(np.arange(step * batch, (step + 1) * batch))
+    at_once = max(1, PLANNED_ROWS // batch)
+    for step in range(0, steps, at_once):
+        positions = reader.positions(np.arange(step * batch, min(step + at_once, steps) * batch))
         corpora = np.repeat(reader.order(positions)[0], (samples := reader.read(positions)).pairs)
         ends = np.cumsum(samples.target_lengths)
         labels = samples.target.astype(np.int64)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 from collections import OrderedDict, deque
 from collections.abc import Callable
 
@@ -15,8 +14,8 @@ from data.shards import Row, ShardReader
 OPEN_TRIES = 3
 LEAST_MAPS = 256
 LEAST_BLOCKS = 1024
-# Of the files that a process may have open, the share that maps may take (each map holds its file open).
-FILE_SHARE = 4
+# A map holds no file open, but the kernel allows a process some 65,000 maps, of which others need some too.
+MOST_MAPS = 16384
 
 OpenShard = Callable[[ShardInfo], str]
 _NO_TOKENS = np.empty(0, dtype=np.uint16)
@@ -45,11 +44,6 @@ class Block:
         a, b, c, d, e, f, g, h = self._bounds[at].tolist()
         return self.tokens[a:b], self._numbers[c:d], self.tokens[e:f], self._numbers[g:h]
 
-    def lengths(self, at: int) -> tuple[int, int]:
-        """Source tokens and label tokens of the row at place `at`."""
-        a, b, _, _, e, f, _, _ = self._bounds[at].tolist()
-        return b - a, f - e
-
 
 class MaskedBlock:
     """Stands for a whole quarantined shard: rows without pairs."""
@@ -64,10 +58,10 @@ class MaskedBlock:
 class _Opened:
     """A mapped shard and those of its record batches that are parsed; without a reader, a quarantined one."""
 
-    __slots__ = ("block_rows", "blocks", "reader")
+    __slots__ = ("block_rows", "blocks", "reader", "rows")
 
-    def __init__(self, reader: ShardReader | None) -> None:
-        self.reader = reader
+    def __init__(self, reader: ShardReader | None, rows: int) -> None:
+        self.reader, self.rows = reader, rows
         self.block_rows = reader.block_rows if reader is not None else 1 << 62
         self.blocks: dict[int, Block | MaskedBlock] = {} if reader is not None else {0: MaskedBlock()}
 
@@ -81,8 +75,7 @@ class OpenShards:
 
     def __init__(self, info: Callable[[int], ShardInfo], open_shard: OpenShard, blocks_at_once: int) -> None:
         self._info, self._open_shard = info, open_shard
-        files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        self._most_maps = min(max(LEAST_MAPS, blocks_at_once), max(1, files // FILE_SHARE))
+        self._most_maps = min(max(LEAST_MAPS, blocks_at_once), MOST_MAPS)
         self._most_blocks = max(LEAST_BLOCKS, 2 * blocks_at_once)
         self._opened: OrderedDict[int, _Opened] = OrderedDict()
         self._parsed: deque[tuple[_Opened, int]] = deque()
@@ -91,23 +84,30 @@ class OpenShards:
     @property
     def quarantined(self) -> list[str]:
         """Paths of the shards that were found quarantined, sorted."""
-        return sorted(self._info(number).path for number in self._masked)
+        # The copy is one step for the interpreter: another thread may be opening shards.
+        return sorted(self._info(number).path for number in list(self._masked))
 
     def find(self, shard: int, row: int) -> tuple[Block | MaskedBlock, int]:
         """The record batch of a row of a shard, and the row's place in it.
 
         Raises what `open_shard` raises, but QuarantinedShard, which gives rows without pairs from then on.
         """
-        opened = self._opened.get(shard)
-        if opened is None:
-            opened = self._masked.get(shard) or self._open(shard)
+        opened = self._opened.get(shard) or self._masked.get(shard) or self._open(shard)
         number, at = divmod(row, opened.block_rows)
         block = opened.blocks.get(number)
         return (block if block is not None else self._parse(shard, opened, number)), at
 
+    def lengths(self, shard: int, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Source tokens and label tokens of rows of a shard, int64 `[n]` each; raises QuarantinedShard too."""
+        opened = self._opened.get(shard) or self._masked.get(shard) or self._open(shard)
+        if opened.reader is None:
+            path = self._info(shard).path
+            raise QuarantinedShard(path, f"shard {path} is quarantined, the lengths of its samples are not known")
+        return opened.reader.lengths(rows)
+
     def _parse(self, shard: int, opened: _Opened, number: int) -> Block:
         first = number * opened.block_rows
-        rows = min(opened.block_rows, self._info(shard).rows - first)
+        rows = min(opened.block_rows, opened.rows - first)
         block = opened.blocks[number] = Block(opened.reader, first, rows)
         self._parsed.append((opened, number))
         if len(self._parsed) > self._most_blocks:
@@ -120,10 +120,10 @@ class OpenShards:
         info = self._info(shard)
         for attempt in range(1, OPEN_TRIES + 1):
             try:
-                opened = self._opened[shard] = _Opened(ShardReader(self._open_shard(info), info))
+                opened = self._opened[shard] = _Opened(ShardReader(self._open_shard(info), info), info.rows)
                 break
             except QuarantinedShard:
-                masked = self._masked[shard] = _Opened(None)
+                masked = self._masked[shard] = _Opened(None, info.rows)
                 return masked
             except FileNotFoundError:
                 # A full cache may evict the file between its path being told and its being mapped.

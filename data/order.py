@@ -22,10 +22,10 @@ from data.dealing import Dealing, divided
 from data.permutation import Permutations, keyed_hash, permute
 from data.schedule import Schedule
 
-# Positions worked on at one time: their arrays stay in the processor's cache.
-CHUNK = 16384
-# Fewer positions than this per corpus or epoch are worked on together, with array keys in place of single ones.
-LEAST_GROUP = 256
+# Positions worked on at one time; what is computed once per window and block then serves many positions.
+CHUNK = 65536
+# With fewer positions than this per corpus or epoch (on average) all are worked on at once, each with keys of its own.
+LEAST_GROUP = 4096
 
 Number = np.ndarray | np.int64
 

@@ -69,6 +69,8 @@ class Permutations:
         )
         value = _feistel(index.astype(U64), low_bits, high_mask, low_mask, keys)
         outside = np.flatnonzero(value >= size)
+        # From inside the walk comes back inside; from outside it might never end.
+        assert (index[outside] < _take(size, outside)).all(), "indices are below the size"
         while outside.size:
             part = [_take(table, outside) for table in (low_bits, high_mask, low_mask, *keys)]
             again = _feistel(value[outside], part[0], part[1], part[2], part[3:])

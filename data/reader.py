@@ -17,7 +17,8 @@ from configs.schema import RunConfig
 from data.buckets import arrange
 from data.manifest import Manifest, ShardInfo
 from data.mixture import make_order
-from data.open_shards import MaskedBlock, OpenShard, OpenShards
+from data.open_shards import OpenShard, OpenShards
+from data.quarantine import QuarantinedShard
 from data.shards import Row, Samples, gather
 from data.share import Share
 
@@ -171,15 +172,16 @@ class SampleReader:
     def _lengths(self, plan: Plan) -> tuple[np.ndarray, np.ndarray]:
         """Source tokens and label tokens of planned samples, int64 `[samples]` each."""
         source, target = np.empty_like(plan.rows), np.empty_like(plan.rows)
-        for place, (shard, row) in enumerate(zip(plan.shards.tolist(), plan.rows.tolist(), strict=True)):
-            block, at = self._open.find(shard, row)
-            if isinstance(block, MaskedBlock):
+        for shard in plan.in_first_use().tolist():
+            own = np.flatnonzero(plan.shards == shard)
+            try:
+                source[own], target[own] = self._open.lengths(shard, plan.rows[own])
+            except QuarantinedShard as error:
                 # Ranks that had read the shard before would place the window's samples otherwise.
                 raise DataError(
-                    f"shard {self._shard(shard).path} is damaged in storage, and data.bucket_batches needs the lengths "
-                    "of its samples; set data.bucket_batches to 0, or remove the file and run the prepare stage again"
-                )
-            source[place], target[place] = block.lengths(at)
+                    f"data.bucket_batches: {error}, and without them a window of buckets cannot be arranged; set it "
+                    "to 0, or remove the shard's file and run the prepare stage again"
+                ) from error
         return source, target
 
     def _shard(self, number: int) -> ShardInfo:

@@ -8,8 +8,12 @@ from __future__ import annotations
 import queue
 import sys
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,14 @@ def uses_cuda() -> bool:
     """Whether this process has initialised CUDA; imports nothing."""
     torch = sys.modules.get("torch")
     return torch is not None and torch.cuda.is_initialized()
+
+
+def token_tensors(count: int, batch: int, width: int) -> list[tuple[Tensor, list[np.ndarray]]]:
+    """`count` int64 tensors `[batch, width]`, each with its rows as arrays: NumPy casts as it copies, in one pass."""
+    import torch
+
+    tensors = torch.empty(count, batch, width, dtype=torch.int64)
+    return [(tensor, list(tensor.numpy())) for tensor in tensors]
 
 
 class Ring:

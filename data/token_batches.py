@@ -12,9 +12,10 @@ from data.batches import join
 from data.manifest import Manifest
 from data.open_shards import OpenShard
 from data.reader import SampleReader
+from data.ring import token_tensors
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from data.ring import Tensor
 
 BATCHES_HELD = 2
 
@@ -30,17 +31,13 @@ class TokenBatches:
     def __init__(
         self, manifest: Manifest, config: RunConfig, open_shard: OpenShard, batch: int, start: int = 0
     ) -> None:
-        import torch
-
         if config.data.layout != "sequence":
             raise ConfigError(f"data.layout: {config.data.layout!r} has no rows of bare tokens; set it to sequence")
         self._reader = SampleReader(manifest, config, open_shard)
         self._pad_id = manifest.pad_id
         self._batch, self._position = batch, start
         self._plan = self._reader.consecutive(start, batch)
-        tensors = torch.empty(BATCHES_HELD, batch, manifest.target_capacity, dtype=torch.int64)
-        # Rows are written through NumPy, whose copies cast without a temporary array.
-        self._buffers = [(tensor, list(tensor.numpy())) for tensor in tensors]
+        self._buffers = token_tensors(BATCHES_HELD, batch, manifest.target_capacity)
         self._turn = 0
 
     @property

@@ -69,7 +69,15 @@ def rank_process(task: RankTask, environment: dict[str, str], outbox: Any) -> No
 
     storage = Storage(task.storage_url)
     manifest = Manifest.read(storage, task.data_folder)
-    run_rank(task, QueueMessages(outbox), plain_opener(storage, manifest), announce)
+    data = task.config.data
+    opener = plain_opener(
+        storage,
+        manifest,
+        cache_bytes=data.cache_bytes,
+        timeout_seconds=data.fetch_timeout_seconds,
+        quarantine_fraction=data.quarantine_fraction,
+    )
+    run_rank(task, QueueMessages(outbox), opener, announce)
     outbox.close()
     outbox.join_thread()
     # All is written; torch's threads may abort the interpreter while it is torn down (seen as exit status -6).

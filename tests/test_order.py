@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 
 from data.order import Order
 from data.permutation import Permutations, keyed_hash, permute
+from data.schedule import Schedule, quotas
+from tests.order_reference import dealt, shuffled
 
 SEEDS = st.integers(0, 2**63 - 1)
 SHAPES = {"lanes": st.integers(1, 9), "block_rows": st.integers(1, 16), "window_blocks": st.integers(1, 9)}
@@ -49,6 +51,28 @@ def test_small_permutations_are_all_drawn_and_equally_often(size):
     expected = number / possible
     assert len(counts) == possible
     assert ((counts - expected) ** 2 / expected).sum() < possible + 5 * np.sqrt(2 * possible)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    sizes=st.lists(st.integers(1, 3000) | st.integers(1, 2**14) | st.integers(1, 2**40), min_size=1, max_size=3),
+    seed=SEEDS,
+    data=st.data(),
+    **SHAPES,
+)
+def test_the_order_is_what_the_docstrings_say(sizes, seed, data, lanes, block_rows, window_blocks):
+    several = st.lists(st.integers(0, 5), min_size=len(sizes), max_size=len(sizes)).filter(any)
+    schedule = Schedule.constant(data.draw(several)).changed(100, data.draw(several), lanes)
+    schedule = schedule.changed(300, data.draw(several), lanes)
+    segments = [(segment.first, quotas(segment.weights)) for segment in schedule.segments]
+    # The reference walks windows one by one, so far ones are too far for it.
+    far = 20_000 if max(sizes) > 2**14 else 10**7
+    positions = data.draw(st.lists(st.integers(0, 700) | st.integers(0, far), min_size=1, max_size=30))
+    order = Order(sizes, schedule, seed, lanes, block_rows, window_blocks)
+    for position, corpus, epoch, row in zip(positions, *map(list, order(np.array(positions))), strict=True):
+        expected, draw = dealt(position, segments, seed, lanes)
+        shape = (seed, lanes, block_rows, window_blocks)
+        assert (corpus, epoch, row) == (expected, *shuffled(expected, draw, sizes[expected], *shape))
 
 
 @settings(deadline=None, max_examples=60)

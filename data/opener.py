@@ -1,0 +1,172 @@
+"""What a Loader is given as `open_shard`: verified, leased local copies, with damaged shards quarantined by name."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import tempfile
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from cluster.storage import Storage
+from data.eviction import NextUses
+from data.fetch import DamagedShard, Deadline, FetchTimeout
+from data.manifest import Manifest, ShardInfo
+from data.prefetch import Prefetcher, reader_name
+from data.quarantine import Quarantine, total_tokens
+from data.shard_cache import DEFAULT_TIMEOUT_SECONDS, Held, ShardCache, Turn
+
+DEFAULT_CACHE_BYTES = 16 * 2**30
+DEFAULT_QUARANTINE_FRACTION = 0.001
+# Readers keep that many shards open; a lease beyond belongs to a map that is gone, or soon will be.
+LEASES = 256
+NUMBERS = itertools.count()
+
+
+def cache_folder() -> str:
+    """Where copies lie on this machine: TELAR_SHARD_CACHE, or a folder of this user below the temporary one."""
+    default = str(Path(tempfile.gettempdir()) / f"telar-shards-{os.getuid()}")
+    return os.environ.get("TELAR_SHARD_CACHE") or default
+
+
+@dataclass(frozen=True)
+class CacheSettings:
+    """What a process needs to know to make its own cache of a data folder's shards; `data_folder` is in storage."""
+
+    storage_url: str
+    data_folder: str
+    total_tokens: int
+    cache_bytes: int = DEFAULT_CACHE_BYTES
+    timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS
+    quarantine_fraction: float = DEFAULT_QUARANTINE_FRACTION
+
+    def cache(self, folder: str, uses: NextUses | None = None, turn: Turn | None = None) -> ShardCache:
+        """A cache in that folder."""
+        uses = uses or NextUses()
+        return ShardCache(
+            Storage(self.storage_url),
+            self.data_folder,
+            folder,
+            self.cache_bytes,
+            self.timeout_seconds,
+            uses.next_use,
+            turn,
+        )
+
+    def quarantine(self) -> Quarantine:
+        """An empty quarantine with this run's budget."""
+        return Quarantine(self.total_tokens, self.quarantine_fraction)
+
+    def prefetcher(self, cache: ShardCache, uses: NextUses) -> Prefetcher:
+        """A prefetcher that has at most a quarter of the cache in flight."""
+        return Prefetcher(cache, uses, self.cache_bytes // 4)
+
+
+class CacheOpener:
+    """Opens shards through this process's own cache. Each path handed out is under a lease until `release`.
+
+    The newest LEASES leases are kept; a process that ends loses all of them.
+    """
+
+    def __init__(self, settings: CacheSettings, folder: str) -> None:
+        """`folder` is the cache folder; it is not used when storage is local."""
+        self._uses = NextUses()
+        self._cache = settings.cache(folder, self._uses)
+        self._prefetcher = settings.prefetcher(self._cache, self._uses)
+        self._quarantine = settings.quarantine()
+        self._held: OrderedDict[str, Held] = OrderedDict()
+        self._reader = reader_name(next(NUMBERS))
+
+    def __call__(self, shard: ShardInfo) -> str:
+        """Path of a whole copy that this process has verified.
+
+        Raises QuarantinedShard when the shard is damaged in storage and may be masked, DataError when damage exceeds
+        `data.quarantine_fraction` or the shard is absent, FetchTimeout after `data.fetch_timeout_seconds`.
+        """
+        if shard.path in self._quarantine:
+            raise self._quarantine.error(shard.path)
+        deadline = Deadline(self._cache.timeout_seconds)
+        while True:
+            try:
+                held = self._cache.hold(shard)
+                if held is None:
+                    self._obtain(shard, deadline)
+                    held = self._cache.hold(shard)
+            except DamagedShard as error:
+                raise self._condemn(shard, str(error)) from error
+            if held is not None:
+                self._keep(shard, held)
+                return held.path
+            # Evicted, or found damaged, between being told and being leased.
+            if deadline.left() <= 0:
+                raise FetchTimeout(
+                    f"shard {shard.path}: its copy was evicted or damaged again and again for {deadline.seconds:g} s "
+                    "(data.fetch_timeout_seconds); raise data.cache_bytes, and check the disk of the cache"
+                )
+
+    def prefetch(self, shards: Sequence[ShardInfo]) -> None:
+        """Announce shards that will be needed, in order of first use; does not wait."""
+        self._prefetcher.announce(self._reader, shards)
+
+    def release(self, shard: ShardInfo) -> None:
+        """The map of this shard is closed: its copy may be evicted. A shard that is not open is fine."""
+        held = self._held.pop(shard.path, None)
+        if held is not None:
+            held.release()
+
+    def close(self) -> None:
+        """Release all leases and stop fetching ahead."""
+        self._prefetcher.close()
+        while self._held:
+            self._held.popitem()[1].release()
+
+    def quarantined(self) -> list[str]:
+        """Paths of shards that this opener knows to be quarantined, for the run's state."""
+        return self._quarantine.state()
+
+    def restore(self, shards: Sequence[ShardInfo]) -> None:
+        """Quarantine what the run's state names (see `quarantine.shards_named`), before the first shard is opened."""
+        self._quarantine.restore(shards)
+
+    def statistics(self) -> dict[str, int]:
+        """What this process's cache counted."""
+        return self._cache.statistics()
+
+    def _obtain(self, shard: ShardInfo, deadline: Deadline) -> None:
+        """Bring a copy into the cache folder."""
+        self._cache.path(shard, deadline)
+
+    def _condemn(self, shard: ShardInfo, reason: str) -> Exception:
+        """Quarantine a shard; the error to raise."""
+        return self._quarantine.add(shard, reason)
+
+    def _keep(self, shard: ShardInfo, held: Held) -> None:
+        self._prefetcher.used(self._reader, shard)
+        if held.descriptor is None:
+            return
+        self.release(shard)
+        self._held[shard.path] = held
+        if len(self._held) > LEASES:
+            self._held.popitem(last=False)[1].release()
+
+
+def plain_opener(
+    storage: Storage,
+    manifest: Manifest,
+    folder: str | None = None,
+    cache_bytes: int = DEFAULT_CACHE_BYTES,
+    timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS,
+    quarantine_fraction: float = DEFAULT_QUARANTINE_FRACTION,
+) -> CacheOpener:
+    """An opener for a process without Ray: verifies local shards in place, copies others below `folder`."""
+    settings = CacheSettings(
+        storage.url,
+        manifest.folder,
+        total_tokens(manifest),
+        cache_bytes,
+        timeout_seconds,
+        quarantine_fraction,
+    )
+    return CacheOpener(settings, folder or cache_folder())
