@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from configs.errors import ConfigError, DataError
+from configs.errors import ConfigError, DataError, StorageError
 from configs.load import parse_config
 from configs.schema import CorpusSection
 from data.delimited import delimited
@@ -247,6 +247,27 @@ def test_a_hub_data_set_is_pinned_to_its_commit_or_refused(monkeypatch):
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", offline)
     with pytest.raises(DataError, match=r"data\.corpora\[c\]\.path: the Hugging Face Hub gives no data set 'me/set'"):
         list_files(corpus("hf://me/set", "hf"))
+
+
+def test_a_hub_that_breaks_off_is_no_fault_of_the_data(monkeypatch):
+    from data import hf_source
+
+    def breaks_off(*arguments):
+        yield pa.table({"a": ["x"]})
+        raise ConnectionError("reset by peer")
+
+    class Stream:
+        def with_format(self, name):
+            return self
+
+        iter = breaks_off
+
+    monkeypatch.setattr(hf_source, "_stream", lambda *arguments: Stream())
+    section = corpus("hf://me/set", "hf")
+    found = hf_source.tables(section, "hf://me/set@abc", "train")
+    assert next(found).num_rows == 1
+    with pytest.raises(StorageError, match=r"data\.corpora\[c\]\.path: .*hf://me/set@abc: reset by peer; run the same"):
+        next(found)
 
 
 def test_files_that_are_held_out_are_not_trained_on(tmp_path):
