@@ -173,7 +173,7 @@ def samples(
 
     `order_position` differs from `position` where length buckets move samples. Epochs and rows count from 0.
     `parts` of a side are [text, is special token] one after the other. `ended` is false for a piece of a target that
-    a later pair continues. A sample of a quarantined shard has no pairs. Raises DataError for damaged shards.
+    another pair continues. A sample of a quarantined shard has no pairs. Raises DataError for damaged shards.
     """
     reader = SampleReader(manifest, config, open_shard)
     places = np.arange(at, at + count)

@@ -198,7 +198,7 @@ def _histogram(lengths: dict[str, Any], bar: str, width: int) -> Table:
         each = bins[number]
         cells = [cell for side in sides for cell in (short(each[side]), bar * _bar_length(each[side], most, room))]
         table.add_row(labels[number], *cells)
-    medians = (f"median {lengths[side]['median']:,}, 9 in 10 up to {lengths[side]['nine_in_ten']:,}" for side in sides)
+    medians = (f"median {lengths[side]['median']:,}, 90% up to {lengths[side]['nine_in_ten']:,}" for side in sides)
     table.add_row("", *(cell for text in medians for cell in ("", Text(text, style="dim", overflow="ellipsis"))))
     return table
 
@@ -239,28 +239,29 @@ def _sample_title(result: dict[str, Any], sample: dict[str, Any]) -> Text:
     pairs = len(sample["pairs"])
     room = result["target_capacity"]
     used = sample["target_tokens"]
-    filling = f"{used} of {room} target positions"
     if result["layout"] == "pairs":
-        filling = f"{sample['source_tokens']} of {result['source_capacity']} source and {filling}"
+        filling = (
+            f"{sample['source_tokens']} of {result['source_capacity']} source and {used} of {room} target positions"
+        )
     else:
         filling = f"{sample['source_tokens'] + used} of {room} positions"
     return title.append(
         f"{place}: corpus {sample['corpus']}, epoch {sample['epoch']}, row {sample['row']:,} (row "
-        f"{sample['row_in_shard']:,} of {sample['shard']}), {pairs} {'pair' if pairs == 1 else 'pairs'} in {filling}, "
-        "the rest is padding",
+        f"{sample['row_in_shard']:,} of {sample['shard']}), {pairs} {'pair' if pairs == 1 else 'pairs'} in {filling}",
         style="not bold",
     )
 
 
 def _pair(number: int, pair: dict[str, Any], layout: str, styled: bool) -> list[RenderableType]:
-    source, target = pair["source"], pair["target"]
     # A decoder reads the source without loss; an encoder's tokens have none to begin with.
     masked = "source, no loss" if layout == "sequence" else "source"
-    rows = [(f"{number} {masked}", _decoded(source, "dim"))] if source["ids"] else []
-    text = _decoded(target, "")
+    rows = [
+        (f"{number} {label}", _decoded(pair[side], style))
+        for side, label, style in (("source", masked, "dim"), ("target", "target", ""))
+        if pair[side]["ids"]
+    ]
     if not pair["ended"]:
-        text.append(" [goes on in a later pair]", style="yellow")
-    rows.append((f"{number} target", text))
+        rows[-1][1].append(" [goes on in another pair]", style="yellow")
     if styled:
         grid = Table.grid(padding=(0, 1))
         grid.add_column(style="bold", justify="right", no_wrap=True)
