@@ -16,17 +16,20 @@ class CorpusSection(Section):
     `python`: one record per function: `signature`, `body` (without docstring; signature and body compile together),
     `name`, `words` (those of the name), `docstring`, `summary` (its first line), `text` (the docstring as prose),
     `context` (the code of the file before it), `path`; a record whose target fields are empty is left out.
-    `text`: `text` and `path`, one record per group of whole paragraphs (about 2,000 characters).
+    `text`: `text` and `path`, one record per group of whole paragraphs (2,000 characters or somewhat more; before more
+    than 32,768 without a blank line are reached, a record ends at the end of a line, or after a blank in a long line).
     `jsonl`, `json`: each object's own fields; see `records` for nested ones. A `json` file holds one document of at
-    most 256 MiB; a list at its top gives one record per entry.
-    `csv`, `tsv`: the columns of the first line, or those named in `columns`.
-    `parquet`, `arrow` (IPC file or stream): the columns; binary ones are left out.
+    most 256 MiB unpacked; a list at its top gives one record per entry. A line of `jsonl` has at most 256 MiB.
+    `csv`, `tsv`: the columns of the first line, or those named in `columns`; empty lines are passed over.
+    `parquet`, `arrow` (IPC file or stream): the columns; those that hold binary values are left out.
     `parallel`: line-aligned text files, one per column: `path: train.{column}.gz` with `columns: [en, de]`.
     `hf`: the columns of a data set that `datasets.load_dataset` streams; `path` is hf://OWNER/NAME (@REVISION may
     follow) on the Hugging Face Hub, or a local folder.
-    Values that are no text keep their JSON spelling; null is the empty text. Folders are searched for .py; for .txt
-    .md .rst; .jsonl .ndjson; .json; .csv; .tsv; each also with .gz; for .parquet; for .arrow .feather; names that
-    start with a dot are skipped. Files named by themselves or by a glob may have any suffix, and .gz is unpacked.
+    Null is the empty text; numbers, truth values, lists and objects are spelled as JSON, dates and times as
+    2024-05-31 13:30:00 (to the microsecond). Files are UTF-8; line ends of Windows become newlines. Folders are
+    searched for .py; for .txt .md .rst; .jsonl .ndjson; .json; .csv; .tsv; .parquet; for .arrow .feather; each also
+    with .gz; names that start with a dot are skipped. Files named by themselves or by a glob may have any suffix, and
+    .gz is unpacked. A folder on a web server ends in a slash.
     """
 
     name: str = Field(description="name in manifests, metrics and tables")

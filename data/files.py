@@ -12,12 +12,13 @@ from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 
 import fsspec
-from fsspec.core import has_magic
+from fsspec.core import has_magic, url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
-from configs.errors import DataError
+from configs.errors import DataError, StorageError
 from configs.schema import CorpusSection
 from data.hf_source import resolve
+from data.opening import is_web, read_errors, said
 from data.templates import where
 
 STDLIB = "python://stdlib"
@@ -36,6 +37,11 @@ SUFFIXES = {
     "arrow": (".arrow", ".feather"),
 }
 COLUMN = "{column}"
+# Fields of fsspec's entries that change with the content, by file system; the most telling one first.
+VERSIONS = (
+    *("ETag", "etag", "md5Hash", "Content-MD5", "Digest", "mtime", "LastModified", "last_modified", "Last-Modified"),
+    "created",
+)
 
 
 @dataclass(frozen=True)
@@ -63,14 +69,19 @@ def list_files(corpus: CorpusSection) -> list[SourceFile]:
     if corpus.held_out is None:
         return files
     kept = [replace(file, held_out=True) for file in _list(corpus, "held_out", corpus.held_out)]
-    names = {(file.urls, file.relative) for file in kept}
-    training = [file for file in files if (file.urls, file.relative) not in names]
+    # Relative paths depend on the folder that a field names, so files are the same when their URLs are.
+    names = {_identity(corpus, file) for file in kept}
+    training = [file for file in files if _identity(corpus, file) not in names]
     if not training:
         raise DataError(
             f"{where(corpus, 'held_out')}: {corpus.held_out} holds all files of {corpus.path}, none is left to train "
             "on; hold fewer files out"
         )
     return training + kept
+
+
+def _identity(corpus: CorpusSection, file: SourceFile) -> tuple[str, ...]:
+    return (*file.urls, file.relative) if corpus.kind == "hf" else file.urls
 
 
 def _list(corpus: CorpusSection, field: str, path: str) -> list[SourceFile]:
@@ -110,30 +121,34 @@ def _list_path(corpus: CorpusSection, field: str, path: str) -> list[SourceFile]
     elif path.startswith("python://"):
         raise DataError(f"{where(corpus, field)}: {given!r} is unknown; {STDLIB} is the only python:// path")
     try:
-        filesystem, root = fsspec.core.url_to_fs(path)
+        filesystem, root = url_to_fs(path)
         root = root.rstrip("/")
         filesystem.invalidate_cache()
-        base, entries = _find(filesystem, root, excludes)
+        base, entries, explicit = _find(filesystem, root, is_folder=path.endswith("/"), excludes=excludes)
+        files = []
+        for full, entry in entries.items():
+            relative = full[len(base) :].lstrip("/") or PurePosixPath(full).name
+            if not (explicit or corpus.kind not in SUFFIXES or _wanted(relative, corpus.kind)):
+                continue
+            if _excluded(relative, excludes):
+                continue
+            known = _known(filesystem, full, entry)
+            if known["type"] == "file":
+                version = sys.version if is_stdlib else _version(filesystem, full, known)
+                files.append(SourceFile((_url(filesystem, full, path),), relative, int(known["size"] or 0), version))
     except (ValueError, ImportError) as error:
         raise DataError(f"{where(corpus, field)}: fsspec cannot open {path!r} ({error})") from error
     except FileNotFoundError as error:
+        cause = error.__cause__
+        # fsspec says of every trouble with a web server that the file is not found.
+        if cause is not None and not isinstance(cause, FileNotFoundError) and getattr(cause, "status", 0) != 404:
+            raise _unreachable(corpus, field, path, cause) from error
         raise DataError(
             f"{where(corpus, field)}: {path} does not exist; correct the path (it is relative to the configuration "
             "file) or put the corpus there"
         ) from error
-    except OSError as error:
-        raise DataError(f"{where(corpus, field)}: {path} cannot be listed: {error}") from error
-    explicit = has_magic(root) or corpus.kind not in SUFFIXES or (len(entries) == 1 and root in entries)
-    files = []
-    for full, entry in entries.items():
-        relative = full[len(base) :].lstrip("/") or PurePosixPath(full).name
-        if not explicit and not _wanted(relative, corpus.kind):
-            continue
-        if not _excluded(relative, excludes):
-            version = sys.version if is_stdlib else _version(filesystem, full, entry)
-            files.append(
-                SourceFile((filesystem.unstrip_protocol(full),), relative, int(entry.get("size") or 0), version)
-            )
+    except read_errors() as error:
+        raise _unreachable(corpus, field, path, error) from error
     if not files:
         suffixes = ", ".join(f"{suffix}[.gz]" for suffix in SUFFIXES.get(corpus.kind, ("any",)))
         raise DataError(
@@ -143,25 +158,54 @@ def _list_path(corpus: CorpusSection, field: str, path: str) -> list[SourceFile]
     return sorted(files, key=lambda file: file.relative)
 
 
-def _find(filesystem: fsspec.AbstractFileSystem, root: str, excludes: tuple[str, ...]) -> tuple[str, dict[str, dict]]:
-    """The folder that relative paths start from, and the files by full path."""
-    if has_magic(root):
+def _unreachable(corpus: CorpusSection, field: str, path: str, error: BaseException) -> StorageError:
+    return StorageError(
+        f"{where(corpus, field)}: {path} cannot be listed ({said(error)}); correct the path, or see that this machine "
+        "can reach it and may read it"
+    )
+
+
+def _find(
+    filesystem: fsspec.AbstractFileSystem, root: str, is_folder: bool, excludes: tuple[str, ...]
+) -> tuple[str, dict[str, dict], bool]:
+    """The folder that relative paths start from, files by full path, and whether files were named, not a folder.
+
+    `is_folder`: the path ends in a slash, which for web servers is all that tells a folder.
+    """
+    if has_magic(root) and not filesystem.exists(root):
         parts = root.split("/")
         first = next(i for i, part in enumerate(parts) if has_magic(part))
         found = filesystem.glob(root, detail=True)
-        return "/".join(parts[:first]), {path: entry for path, entry in found.items() if entry["type"] == "file"}
+        files = {path: entry for path, entry in found.items() if entry["type"] != "directory"}
+        return "/".join(parts[:first]), files, True
+    if is_folder and is_web(filesystem.protocol):
+        return root, filesystem.find(f"{root}/", detail=True), False
     entry = filesystem.info(root)
     if entry["type"] == "file":
-        return root.rsplit("/", 1)[0], {root: entry}
+        return root.rsplit("/", 1)[0], {root: entry}, True
     if not isinstance(filesystem, LocalFileSystem):
-        return root, filesystem.find(root, detail=True)
+        return root, filesystem.find(root, detail=True), False
     found = {}
     for folder, folders, files in filesystem.walk(root, detail=True):
         # Excluded folders (site-packages below the standard library) may hold more files than all others together.
         for name in [name for name in folders if _excluded(f"{folder}/{name}"[len(root) :].lstrip("/"), excludes)]:
             del folders[name]
         found.update((f"{folder}/{name}", entry) for name, entry in files.items())
-    return root, found
+    return root, found, False
+
+
+def _known(filesystem: fsspec.AbstractFileSystem, full: str, entry: dict) -> dict:
+    """What the file system knows of a file, where a listing tells less: of links locally, on web servers of all."""
+    if entry.get("islink") or entry.get("size") is None:
+        return {**entry, **filesystem.info(full)}
+    return entry
+
+
+def _url(filesystem: fsspec.AbstractFileSystem, full: str, path: str) -> str:
+    """The URL of a file below `path`; for a file in an archive (zip://NAME::ARCHIVE) that of the archive follows."""
+    first, chained, archive = path.partition("::")
+    url = filesystem.unstrip_protocol(full)
+    return f"{url}::{archive}" if chained and "://" in first else url
 
 
 def _wanted(relative: str, kind: str) -> bool:
@@ -178,7 +222,7 @@ def _excluded(relative: str, patterns: tuple[str, ...]) -> bool:
 
 
 def _version(filesystem: fsspec.AbstractFileSystem, full: str, entry: dict) -> str:
-    for name in ("ETag", "etag", "md5Hash", "mtime", "LastModified", "last_modified", "created"):
+    for name in VERSIONS:
         if entry.get(name) is not None:
             return f"{name}:{entry[name]}"
     return f"ukey:{filesystem.ukey(full)}"

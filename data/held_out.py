@@ -56,16 +56,18 @@ def held_out_files(paths: Sequence[str], fraction: float) -> frozenset[str]:
     return frozenset(by_hash[: min(max(count, 1), len(paths) - 1)])
 
 
-def is_held_out_record(record: Mapping[str, str], fraction: float, key: str | None) -> bool:
+def is_held_out_record(record: Mapping[str, str | bytes], fraction: float, key: str | None) -> bool:
     """Whether a record is kept for evaluation by a hash of its field `key` (None: of all fields); equal ones agree."""
     if fraction == 0.0:
         return False
-    return share_of(json.dumps(record, sort_keys=True) if key is None else record[key]) < fraction
+    text = json.dumps(record, sort_keys=True, default=xxhash.xxh3_128_hexdigest) if key is None else record[key]
+    return share_of(text) < fraction
 
 
-def record_row(source: str, target: str, fields: Mapping[str, str]) -> dict[str, str]:
-    """One row of a held-out file."""
-    return {"source": source, "target": target, "fields": json.dumps(fields, ensure_ascii=False)}
+def record_row(source: str, target: str, fields: Mapping[str, str | bytes]) -> dict[str, str]:
+    """One row of a held-out file; fields that are no text (images) are left out."""
+    texts = {name: value for name, value in fields.items() if isinstance(value, str)}
+    return {"source": source, "target": target, "fields": json.dumps(texts, ensure_ascii=False)}
 
 
 def write_records(storage: Storage, path: str, rows: Iterable[Mapping[str, str]]) -> ShardInfo:

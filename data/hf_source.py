@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import xxhash
 
-from configs.errors import DataError
+from configs.errors import DataError, StorageError, TelarError
 from configs.schema import CorpusSection
 from data.templates import where
 
@@ -49,14 +49,12 @@ def tables(corpus: CorpusSection, name: str, split: str) -> Iterator[pa.Table]:
 
 def _on_hub(corpus: CorpusSection, field: str) -> tuple[str, str]:
     import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+    from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled
 
-    # Base of the errors of the HTTP library, which is another one from version to version of huggingface_hub.
-    (http_error, *_) = HfHubHTTPError.__bases__
     name, _, revision = corpus.path.removeprefix(HUB).partition("@")
     try:
         commit = huggingface_hub.HfApi().dataset_info(name, revision=revision or None).sha
-    except (HFValidationError, OfflineModeIsEnabled, http_error, OSError) as error:
+    except (HFValidationError, OfflineModeIsEnabled, _http_error(), OSError) as error:
         raise DataError(
             f"{field}: the Hugging Face Hub gives no data set {name!r} ({type(error).__name__}: {_first_line(error)}); "
             "correct the name, set HF_TOKEN for one that is not public, or download it and name the local folder"
@@ -87,7 +85,9 @@ def _arguments(corpus: CorpusSection, name: str) -> dict[str, Any]:
 
 
 class _Errors:
-    """Turns what the library raises for unusable input into a DataError that names the corpus."""
+    """Turns what the library raises into errors that name the corpus: DataError for unusable input, StorageError for a
+    Hub that cannot be reached.
+    """
 
     def __init__(self, corpus: CorpusSection, name: str) -> None:
         self._corpus, self._name = corpus, name
@@ -99,13 +99,26 @@ class _Errors:
         import datasets
         import pyarrow as pa
 
-        expected = (OSError, ValueError, pa.ArrowInvalid, datasets.exceptions.DatasetsError, UnicodeDecodeError)
-        if isinstance(error, expected) and not isinstance(error, DataError):
-            raise DataError(
-                f"{where(self._corpus, 'path')}: datasets.load_dataset cannot read {self._name}"
-                f"{f' (subset {self._corpus.subset})' if self._corpus.subset else ''}: "
-                f"{_first_line(error)}; correct path, subset or split"
+        if error is None or isinstance(error, TelarError):
+            return
+        subset = f" (subset {self._corpus.subset})" if self._corpus.subset else ""
+        said = f"{where(self._corpus, 'path')}: datasets.load_dataset cannot read {self._name}{subset}: "
+        network = (ConnectionError, TimeoutError, _http_error())
+        if self._name.startswith(HUB) and isinstance(error, network):
+            raise StorageError(
+                f"{said}{_first_line(error)}; run the same command again, which keeps what is prepared already, or "
+                "download the data set and name the local folder"
             ) from error
+        expected = (OSError, ValueError, pa.ArrowException, datasets.exceptions.DatasetsError)
+        if isinstance(error, expected):
+            raise DataError(f"{said}{_first_line(error)}; correct path, subset or split") from error
+
+
+def _http_error() -> type[BaseException]:
+    """Base of the errors of the HTTP library, which is another one from version to version of huggingface_hub."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    return HfHubHTTPError.__bases__[0]
 
 
 def _first_line(error: BaseException) -> str:

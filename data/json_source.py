@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import IO, Any
 
 from configs.errors import DataError
+from configs.schema import CorpusSection
+from data.opening import not_text
+from data.templates import where
 
 # A document is parsed whole; what is larger belongs in JSON Lines, which are not.
-MOST_DOCUMENT_CHARACTERS = 256 * 2**20
+MOST_DOCUMENT_BYTES = 256 * 2**20
+# Half of a character outside the basic plane; one without its other half is valid JSON and no Unicode text.
+HALF = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def objects(lines: Iterable[str], path: str, origin: str) -> Iterator[dict[str, str]]:
@@ -18,7 +24,7 @@ def objects(lines: Iterable[str], path: str, origin: str) -> Iterator[dict[str, 
         if not line.strip():
             continue
         try:
-            value = json.loads(line)
+            value = _parsed(line)
         except json.JSONDecodeError as error:
             raise DataError(
                 f"{origin} line {number} is no JSON ({error.msg} at column {error.colno}); "
@@ -32,25 +38,39 @@ def objects(lines: Iterable[str], path: str, origin: str) -> Iterator[dict[str, 
         yield from _walk(value, path.split(".") if path else [], {}, f"{origin} line {number}")
 
 
-def document(lines: Iterable[str], path: str, origin: str) -> Iterator[dict[str, str]]:
-    """Records of a file that is one JSON document; raises DataError, `origin` in front."""
-    parts, characters = [], 0
-    for line in lines:
-        parts.append(line)
-        characters += len(line)
-        if characters > MOST_DOCUMENT_CHARACTERS:
-            raise DataError(
-                f"{origin} is a JSON document of more than {MOST_DOCUMENT_CHARACTERS:,} characters, which would be "
-                "held in memory whole; convert it to JSON Lines (jq -c '.[]') and use kind: jsonl"
-            )
+def document(stream: IO[bytes], corpus: CorpusSection, url: str) -> Iterator[dict[str, str]]:
+    """Records of a file that is one JSON document; raises DataError that names corpus and file."""
+    origin = f"{where(corpus, 'path')}: {url}"
+    content = stream.read(MOST_DOCUMENT_BYTES + 1)
+    if len(content) > MOST_DOCUMENT_BYTES:
+        raise DataError(
+            f"{origin} is a JSON document of more than {MOST_DOCUMENT_BYTES:,} bytes, which would be held in memory "
+            "whole; convert it to JSON Lines (jq -c '.[]') and use kind: jsonl"
+        )
     try:
-        value = json.loads("".join(parts))
+        value = _parsed(content.decode("utf-8").removeprefix("\ufeff"))
+    except UnicodeDecodeError as error:
+        raise not_text(corpus, url, error.start) from error
     except json.JSONDecodeError as error:
         raise DataError(
             f"{origin} is no JSON document ({error.msg} at line {error.lineno} column {error.colno}); mend it, or use "
             "kind: jsonl when each line is an object of its own"
         ) from error
-    yield from _walk(value, path.split(".") if path else [], {}, origin)
+    yield from _walk(value, corpus.records.split(".") if corpus.records else [], {}, origin)
+
+
+def _parsed(text: str) -> Any:
+    """The value of a JSON text; a half of a character without the other becomes U+FFFD."""
+    value = json.loads(text)
+    return _mended(value) if HALF.search(text) else value
+
+
+def _mended(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    if isinstance(value, list):
+        return [_mended(item) for item in value]
+    return {_mended(name): _mended(item) for name, item in value.items()} if isinstance(value, dict) else value
 
 
 def _walk(value: Any, steps: list[str], outer: dict[str, Any], origin: str) -> Iterator[dict[str, str]]:
@@ -73,7 +93,14 @@ def _walk(value: Any, steps: list[str], outer: dict[str, Any], origin: str) -> I
 
 
 def as_text(value: object) -> str:
-    """A text as it is, nothing for null, all else in its JSON spelling."""
+    """A text as it is, nothing for null; numbers, truth values, lists and objects in their JSON spelling.
+
+    What JSON has no spelling for (dates, times, decimal numbers) is spelled as Python's `str` does.
+    """
     if isinstance(value, str):
         return value
-    return "" if value is None else json.dumps(value, ensure_ascii=False, default=str)
+    if value is None:
+        return ""
+    if isinstance(value, bool | int | float | list | tuple | dict):
+        return json.dumps(value, ensure_ascii=False, default=str)
+    return str(value)

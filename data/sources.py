@@ -5,28 +5,28 @@ Every error names the configuration field, the file and the fix.
 
 from __future__ import annotations
 
-import gzip
-import zlib
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator
 from itertools import zip_longest
 from typing import IO
-
-import fsspec
 
 from configs.errors import DataError
 from configs.schema import CorpusSection
 from data import hf_source
+from data.delimited import delimited
 from data.files import SourceFile
 from data.json_source import document, objects
+from data.opening import lines, opened
 from data.python_source import FIELDS as PYTHON_FIELDS
 from data.python_source import decode_source, python_records
-from data.tables import arrow_tables, delimited, parquet_tables, table_records
+from data.tables import arrow_tables, parquet_tables, table_records
 from data.templates import where
 
 PARAGRAPH_GROUP_CHARACTERS = 2000
+# Text without blank lines is cut all the same, at the end of a line or after a blank.
+MOST_GROUP_CHARACTERS = 32 * 1024
 
+# Fields of a record; those of image columns that were asked for are bytes.
 Record = dict[str, str]
 
 
@@ -40,7 +40,7 @@ def known_fields(corpus: CorpusSection) -> tuple[str, ...] | None:
 def has_content(corpus: CorpusSection, file: SourceFile) -> bool:
     """Whether a file, read to its end, holds more than white space; raises DataError for what cannot be read."""
     if corpus.kind == "python":
-        with _opened(corpus, file.urls[0]) as stream:
+        with opened(corpus, file.urls[0]) as stream:
             return bool(decode_source(stream.read(), f"{where(corpus, 'path')}: {file.url}").strip())
     found = False
     for record in read_records(corpus, file, Counter()):
@@ -48,72 +48,60 @@ def has_content(corpus: CorpusSection, file: SourceFile) -> bool:
     return found
 
 
-def read_records(corpus: CorpusSection, file: SourceFile, counts: Counter[str]) -> Iterator[Record]:
-    """Records of one file; what is left out is counted in `counts` by reason. Raises DataError naming the file."""
+def read_records(
+    corpus: CorpusSection, file: SourceFile, counts: Counter[str], binary: Collection[str] = ()
+) -> Iterator[Record]:
+    """Records of one file; what is left out is counted in `counts` by reason.
+
+    `binary` names image columns of kinds parquet, arrow and hf to keep; their fields are bytes. Raises DataError naming
+    the file for what is wrong with it, StorageError when it cannot be read for now.
+    """
     origin = f"{where(corpus, 'path')}: {file.url}"
     if corpus.kind == "hf":
-        yield from table_records(hf_source.tables(corpus, file.urls[0], file.relative))
+        yield from table_records(hf_source.tables(corpus, file.urls[0], file.relative), origin, binary)
         return
     if corpus.kind == "parallel":
         yield from _aligned(corpus, file)
         return
-    with _opened(corpus, file.urls[0]) as stream:
+    url = file.urls[0]
+    with opened(corpus, url, seekable=corpus.kind in ("parquet", "arrow")) as stream:
         if corpus.kind == "python":
             yield from python_records(stream.read(), file.relative, counts, origin)
         elif corpus.kind == "text":
             yield from _paragraph_groups(corpus, file, stream)
         elif corpus.kind == "parquet":
-            yield from table_records(parquet_tables(stream, origin))
+            yield from table_records(parquet_tables(stream, origin, binary), origin, binary)
         elif corpus.kind == "arrow":
-            yield from table_records(arrow_tables(stream, origin))
+            yield from table_records(arrow_tables(stream, origin, binary), origin, binary)
         elif corpus.kind == "json":
-            yield from document(_lines(corpus, file.url, stream), corpus.records, origin)
+            yield from document(stream, corpus, file.url)
         elif corpus.kind == "jsonl":
-            yield from objects(_lines(corpus, file.url, stream), corpus.records, origin)
+            yield from objects(lines(corpus, url, stream), corpus.records, origin)
         else:
             separator = "," if corpus.kind == "csv" else "\t"
-            yield from delimited(_lines(corpus, file.url, stream), separator, corpus.quotes, corpus.columns, origin)
-
-
-@contextmanager
-def _opened(corpus: CorpusSection, url: str) -> Iterator[IO[bytes]]:
-    try:
-        with fsspec.open(url, "rb") as raw:
-            yield gzip.GzipFile(fileobj=raw) if url.endswith(".gz") else raw
-    except FileNotFoundError as error:
-        raise DataError(f"{where(corpus, 'path')}: {url} disappeared while it was read") from error
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise DataError(
-            f"{where(corpus, 'path')}: {url} is no complete gzip file ({error}); replace or exclude it"
-        ) from error
-
-
-def _lines(corpus: CorpusSection, url: str, stream: IO[bytes]) -> Iterator[str]:
-    offset = 0
-    for line in stream:
-        try:
-            text = line.decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise DataError(
-                f"{where(corpus, 'path')}: {url} is not UTF-8 (byte {offset + error.start}); convert the file "
-                f"(iconv -t UTF-8) or exclude it with {where(corpus, 'exclude')}"
-            ) from error
-        yield (text.removeprefix("\ufeff") if offset == 0 else text).replace("\r\n", "\n")
-        offset += len(line)
+            yield from delimited(lines(corpus, url, stream), separator, corpus.quotes, corpus.columns, origin)
 
 
 def _paragraph_groups(corpus: CorpusSection, file: SourceFile, stream: IO[bytes]) -> Iterator[Record]:
     """Whole paragraphs (blank lines end them) gathered until a record has about 2,000 characters."""
     group: list[str] = []
     size = 0
-    for line in _lines(corpus, file.url, stream):
+    for line in lines(corpus, file.url, stream, cut_at=MOST_GROUP_CHARACTERS):
+        if size + len(line) > MOST_GROUP_CHARACTERS:
+            yield from _group_record(group, file)
+            group, size = [], 0
         group.append(line)
         size += len(line)
         if size >= PARAGRAPH_GROUP_CHARACTERS and not line.strip():
-            yield {"text": "".join(group).strip("\n"), "path": file.relative}
+            yield from _group_record(group, file)
             group, size = [], 0
-    if "".join(group).strip():
-        yield {"text": "".join(group).strip("\n"), "path": file.relative}
+    yield from _group_record(group, file)
+
+
+def _group_record(group: list[str], file: SourceFile) -> Iterator[Record]:
+    text = "".join(group).strip("\n")
+    if text.strip():
+        yield {"text": text, "path": file.relative}
 
 
 def _aligned(corpus: CorpusSection, file: SourceFile) -> Iterator[Record]:
@@ -122,8 +110,8 @@ def _aligned(corpus: CorpusSection, file: SourceFile) -> Iterator[Record]:
     counted = [0] * len(urls)
 
     def column(number: int) -> Iterator[str]:
-        with _opened(corpus, urls[number]) as stream:
-            for line in _lines(corpus, urls[number], stream):
+        with opened(corpus, urls[number]) as stream:
+            for line in lines(corpus, urls[number], stream):
                 counted[number] += 1
                 yield line.rstrip("\n")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import string
+import unicodedata
 from collections.abc import Collection, Mapping
 
 from configs.errors import DataError
@@ -11,6 +12,10 @@ from configs.schema import CorpusSection
 # A continuation's first source holds at most this many characters per encoder position; text has more than one
 # character per token, so the first source stays near the encoder's capacity.
 CONTINUATION_CHARACTERS_PER_TOKEN = 2
+
+# From the Thai block on most scripts put no blanks between words; Korean does.
+FIRST_UNSPACED = "\u0e00"
+HANGUL = ("\uac00", "\ud7a3")
 
 
 def where(corpus: CorpusSection, field: str) -> str:
@@ -102,9 +107,20 @@ class PairTemplate:
 def cut_in_two(text: str, most_characters: int) -> tuple[str, str]:
     """Cut before white space, as near below half of `text` (or `most_characters`) as possible.
 
-    The parts joined are `text`; the first is empty when there is no white space to cut at.
+    Scripts without blanks (Thai, Chinese, Japanese and others) are cut between any two characters. The parts joined
+    are `text`; the first is empty when there is no place to cut.
     """
     place = min(len(text) // 2, most_characters)
-    while place > 0 and not (text[place].isspace() and not text[place - 1].isspace()):
+    while place > 0 and not _may_cut(text[place - 1], text[place]):
         place -= 1
     return text[:place], text[place:]
+
+
+def _may_cut(before: str, after: str) -> bool:
+    if after.isspace():
+        return not before.isspace()
+    if after < FIRST_UNSPACED or before < FIRST_UNSPACED:
+        return False
+    return unicodedata.category(before) == unicodedata.category(after) == "Lo" and not (
+        HANGUL[0] <= before <= HANGUL[1] or HANGUL[0] <= after <= HANGUL[1]
+    )

@@ -229,6 +229,23 @@ def stop(run: str, now: bool, timeout: float, address: str | None, storage: str 
 
 
 @cli.command()
+@click.argument("target", metavar="CONFIG|MANIFEST|RUN")
+@click.option("--at", type=click.IntRange(0, 2**60), help="Show the sample at this position of the run's order.")
+@click.option("--samples", "count", type=click.IntRange(1, 10_000), default=1, show_default=True, help="With --at.")
+@storage
+@overrides
+@as_json
+def inspect(
+    target: str, at: int | None, count: int, storage: str | None, overrides: tuple[str, ...], as_json: bool
+) -> None:
+    """Show prepared data: shards, tokens, mixture and lengths, or with --at the decoded samples at a position."""
+    from jobs.commands import inspect_text, inspecting
+
+    result = inspecting.inspect(target, storage, overrides, at, count)
+    _print(as_json, result, "" if as_json else inspect_text.on(sys.stdout, result))
+
+
+@cli.command()
 @click.argument("run")
 @storage
 @as_json

@@ -71,6 +71,17 @@ def test_records_that_share_the_held_out_key_stand_on_one_side(tmp_path):
         data_digest(make_config([text]))
 
 
+def test_equal_keys_stand_on_one_side_in_corpora_of_different_files_too(tmp_path):
+    write(tmp_path / "one.jsonl", [{"q": f"q{i % 60}", "a": f"one {i}"} for i in range(120)])
+    write(tmp_path / "two.jsonl", [{"q": f"q{i}", "a": f"two {i}"} for i in range(60)])
+    corpora = [section(tmp_path / f"{name}.jsonl", name=name, held_out_key="q") for name in ("one", "two")]
+    storage = Storage(str(tmp_path / "store"))
+    manifest = prepare(make_config(corpora, held_out_fraction=0.3), storage, serial, lambda line: None)
+    held = [{record.source for record in read_records(storage, manifest, name, 10**6, 0)} for name in ("one", "two")]
+    trained = [{q for q, _ in trained_pairs(storage, manifest, name)} for name in ("one", "two")]
+    assert held[0] == held[1] and trained[0] == trained[1] and not held[0] & trained[0] and 5 < len(held[0]) < 30
+
+
 def test_held_out_files_of_parallel_text_are_all_and_alone_held_out(tmp_path):
     for split, lines in (("train", 30), ("val", 7)):
         for column in ("en", "de"):

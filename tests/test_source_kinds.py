@@ -14,12 +14,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from configs.errors import ConfigError, DataError
+from configs.errors import ConfigError, DataError, StorageError
 from configs.load import parse_config
 from configs.schema import CorpusSection
+from data.delimited import delimited
 from data.files import list_files
 from data.sources import has_content, read_records
-from data.tables import delimited
 
 
 def corpus(path, kind, **more):
@@ -59,7 +59,7 @@ def test_delimited_files_with_and_without_header_and_quotes(tmp_path):
     ("content", "more", "says"),
     [
         ("a,b\n1,2\n3\n", {}, r"a\.csv line 3 has 1 values, there are 2 columns \(a, b\); mend"),
-        ('a,b\n1,"2\n3,4\n', {}, r"a\.csv line 3: unexpected end of data; .*quotes: false"),
+        ('a,b\n1,"2\n3,4\n', {}, r"a\.csv line 2: unexpected end of data \(read up to line 3\); .*quotes: false"),
         ("a,a\n1,2\n", {}, r"a\.csv line 1 names the column 'a' twice"),
         ("1,2,3\n", {"columns": ("a", "b")}, r"line 1 has 3 values, there are 2 columns"),
     ],
@@ -189,9 +189,9 @@ def test_nested_json_gives_records_with_the_outer_fields(tmp_path):
 
 
 def test_a_json_document_that_is_too_large_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("data.json_source.MOST_DOCUMENT_CHARACTERS", 20)
+    monkeypatch.setattr("data.json_source.MOST_DOCUMENT_BYTES", 20)
     (tmp_path / "a.json").write_text(json.dumps([{"a": "x" * 30}]))
-    with pytest.raises(DataError, match=r"a\.json is a JSON document of more than 20 characters.*kind: jsonl"):
+    with pytest.raises(DataError, match=r"a\.json is a JSON document of more than 20 bytes.*kind: jsonl"):
         records(corpus(tmp_path, "json"))
 
 
@@ -247,6 +247,27 @@ def test_a_hub_data_set_is_pinned_to_its_commit_or_refused(monkeypatch):
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", offline)
     with pytest.raises(DataError, match=r"data\.corpora\[c\]\.path: the Hugging Face Hub gives no data set 'me/set'"):
         list_files(corpus("hf://me/set", "hf"))
+
+
+def test_a_hub_that_breaks_off_is_no_fault_of_the_data(monkeypatch):
+    from data import hf_source
+
+    def breaks_off(*arguments):
+        yield pa.table({"a": ["x"]})
+        raise ConnectionError("reset by peer")
+
+    class Stream:
+        def with_format(self, name):
+            return self
+
+        iter = breaks_off
+
+    monkeypatch.setattr(hf_source, "_stream", lambda *arguments: Stream())
+    section = corpus("hf://me/set", "hf")
+    found = hf_source.tables(section, "hf://me/set@abc", "train")
+    assert next(found).num_rows == 1
+    with pytest.raises(StorageError, match=r"data\.corpora\[c\]\.path: .*hf://me/set@abc: reset by peer; run the same"):
+        next(found)
 
 
 def test_files_that_are_held_out_are_not_trained_on(tmp_path):

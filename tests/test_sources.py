@@ -3,6 +3,7 @@
 import ast
 import gzip
 import json
+import unicodedata
 from collections import Counter
 
 import fsspec
@@ -197,6 +198,17 @@ def test_cutting_in_two_loses_nothing_and_splits_no_word(text, most):
     first, second = cut_in_two(text, most)
     assert first + second == text and len(first) <= min(most, len(text) // 2)
     assert not first or (second[0].isspace() and not first[-1].isspace())
+
+
+def test_scripts_without_blanks_are_cut_between_characters():
+    text = "話す犬と猫がいました。" * 4
+    first, second = cut_in_two(text, 100)
+    assert first + second == text and len(text) // 2 - 2 <= len(first) <= len(text) // 2
+    assert cut_in_two("한국어는띄어쓰기를합니다", 100)[0] == ""
+    # Marks stay with the letter they stand on.
+    thai = "ที่นี่มีน้ำ" * 3
+    first, second = cut_in_two(thai, 100)
+    assert first and not unicodedata.combining(second[0])
 
 
 def test_continuation_reads_the_first_half_and_predicts_the_rest():

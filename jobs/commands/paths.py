@@ -39,5 +39,6 @@ def with_absolute_paths(config: RunConfig, file: str, check: bool) -> RunConfig:
 
 
 def _check(path: str, where: str) -> None:
-    if split_protocol(path)[0] is None and not glob.glob(path, recursive=True):  # noqa: PTH207
+    # A file's name may hold what looks like a pattern.
+    if split_protocol(path)[0] is None and not Path(path).exists() and not glob.glob(path, recursive=True):  # noqa: PTH207
         raise ConfigError(f"{where}: {path} does not exist; paths are relative to the configuration file")
