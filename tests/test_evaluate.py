@@ -402,7 +402,8 @@ def test_a_checkpoint_is_evaluated_end_to_end(trained):
     results = stage.evaluate(config, storage, RUN, manifest, 6, print, lambda: False, runner=runner)
     records = read_records(storage, manifest, "completion", 256, config.run.seed)
     nats = [literal_nll(trained, record.source, record.target) for record in records]
-    assert max(map(len, nats)) > config.data.target_tokens, "some targets are cut in pieces"
+    # In layout sequence the sources, which are longer, leave 12 of the 24 positions to labels.
+    assert max(map(len, nats)) > 20, "some targets are cut in pieces"
     found = metric(results, "completion", "likelihood", "nll")
     assert found["tokens"] == sum(map(len, nats)) and found["n"] == len(records) > 4
     assert found["value"] == pytest.approx(sum(map(sum, nats)) / sum(map(len, nats)), rel=1e-5)
