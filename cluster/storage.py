@@ -142,6 +142,17 @@ class Storage:
         names = {entry.rstrip("/").rsplit("/", 1)[-1] for entry in entries if entry.rstrip("/") != full}
         return sorted(name for name in names if not name.startswith(".tmp-"))
 
+    def remove_unfinished(self, path: str = "") -> None:
+        """Remove what writers that were killed left directly below a folder; nobody may be writing there."""
+        full = self._full(path)
+        try:
+            entries = self._fs.ls(full, detail=False)
+        except (FileNotFoundError, NotADirectoryError):
+            return
+        for entry in entries:
+            if entry.rsplit("/", 1)[-1].startswith(".tmp-"):
+                self._fs.rm_file(entry)
+
     def remove(self, path: str = "") -> None:
         """Remove an object or a folder with all below it; absent is fine."""
         full = self._full(path)

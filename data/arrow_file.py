@@ -25,12 +25,15 @@ def view(array: pa.Array) -> np.ndarray:
     return np.frombuffer(content, dtype=kind, count=len(array), offset=array.offset * kind.itemsize)
 
 
-class _Sink:
-    """A file-like object that passes on what is written, counts it and takes digests of it."""
+class DigestingSink:
+    """A file-like object that passes on what is written, counts it and takes digests of it.
+
+    What is written behind the first `header_bytes` also goes to `part`, where one is set.
+    """
 
     closed = False
 
-    def __init__(self, file: IO[bytes], header_bytes: int) -> None:
+    def __init__(self, file: IO[bytes], header_bytes: int = 0) -> None:
         self._file, self._header_bytes = file, header_bytes
         self.bytes = 0
         self.whole, self.part = xxhash.xxh3_128(), None
@@ -39,10 +42,15 @@ class _Sink:
         view = memoryview(data)
         self._file.write(view)
         self.whole.update(view)
-        if self.bytes >= self._header_bytes:
+        if self.part is not None and self.bytes >= self._header_bytes:
             self.part.update(view)
         self.bytes += len(view)
         return len(view)
+
+    @property
+    def digest(self) -> str:
+        """xxh3-128 of all bytes written so far, hex."""
+        return self.whole.hexdigest()
 
     def flush(self) -> None:
         self._file.flush()
@@ -57,7 +65,7 @@ class DigestingWriter:
 
     def __init__(self, file: IO[bytes], schema: pa.Schema) -> None:
         self._header_bytes = MAGIC_BYTES + schema.serialize().size
-        self._sink = _Sink(file, self._header_bytes)
+        self._sink = DigestingSink(file, self._header_bytes)
         self._writer = pa.ipc.new_file(pa.PythonFile(self._sink, mode="w"), schema, options=OPTIONS)
 
     def write(self, batch: pa.RecordBatch, digest: Any) -> tuple[int, int]:
@@ -84,7 +92,7 @@ class DigestingWriter:
     @property
     def digest(self) -> str:
         """xxh3-128 of all bytes written so far, hex."""
-        return self._sink.whole.hexdigest()
+        return self._sink.digest
 
 
 def mapped(path: str) -> pa.Buffer:

@@ -1,23 +1,25 @@
 """Exact duplicates of a corpus: of records with equal source and target the first stays, none that is held out too.
 
 Which record is the first depends on the order of files and of records in them, so the number of tasks has no say.
-Hashes are divided among partitions by value; a partition holds about PARTITION_RECORDS of them in memory.
+Hashes are divided among partitions by value, so many that one fits into a task's memory.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import xxhash
 
 from cluster.storage import Storage
-from data.extract import Chunk, read_chunk
+from data.extract import Chunk, batches, open_chunk
 from data.runners import Runner
 
-PARTITION_RECORDS = 16 * 2**20
+# Hash, row number, sort order and copies of them, for each record of a partition.
+BYTES_PER_RECORD = 128
+BATCH_RECORDS, BATCH_BYTES = 4096, 1 << 22
 # 128 bits: among 10^12 records two different ones share a hash with probability below 10^-14.
 HASH = np.dtype([("high", "<u8"), ("low", "<u8")])
 
@@ -38,18 +40,19 @@ def drop_duplicates(
     storage_url: str,
     folder: str,
     corpus: str,
-    held_out: list[dict[str, str]],
+    held_out: Iterable[bytes],
     chunks: Sequence[Chunk],
     run_tasks: Runner,
-) -> tuple[list[dict[str, str]], list[Chunk], dict[str, int]]:
-    """Held-out rows each once, chunks that leave duplicates out (their `records` without them), and counts."""
+    memory_bytes: int,
+) -> tuple[list[Chunk], dict[str, int]]:
+    """Chunks that leave duplicates out (their `records` without them), and counts.
+
+    `held_out` are the `digest`s of held-out rows, each once; a task takes about `memory_bytes`.
+    """
     inside = Storage(storage_url).child(folder)
-    first: dict[bytes, dict[str, str]] = {}
-    for row in held_out:
-        first.setdefault(_digest(row["source"], row["target"]), row)
-    inside.write_bytes(_held_path(corpus), b"".join(first))
+    inside.write_bytes(_held_path(corpus), b"".join(held_out))
     run_tasks(write_hashes, [(storage_url, folder, chunk) for chunk in chunks])
-    partitions = max(1, -(-sum(chunk.records for chunk in chunks) // PARTITION_RECORDS))
+    partitions = max(1, -(-sum(chunk.records for chunk in chunks) * BYTES_PER_RECORD // memory_bytes))
     tasks = [
         (PartitionTask(storage_url, folder, corpus, tuple(chunks), number, partitions),) for number in range(partitions)
     ]
@@ -57,14 +60,13 @@ def drop_duplicates(
     kept = []
     for number, chunk in enumerate(chunks):
         dropped = sum(sum(partition[number]) for partition in found)
-        drops = tuple(_drop_path(chunk, part) for part in range(partitions)) if dropped else ()
+        drops = tuple(_drop_path(chunk, part, partitions) for part in range(partitions)) if dropped else ()
         kept.append(replace(chunk, records=chunk.records - dropped, drops=drops))
     counts = {
         "duplicate records": sum(repeated for partition in found for repeated, _ in partition),
         "records equal to one held out": sum(leaked for partition in found for _, leaked in partition),
-        "duplicate records held out": len(held_out) - len(first),
     }
-    return list(first.values()), [chunk for chunk in kept if chunk.records], counts
+    return [chunk for chunk in kept if chunk.records], counts
 
 
 def write_hashes(storage_url: str, folder: str, chunk: Chunk) -> None:
@@ -72,16 +74,18 @@ def write_hashes(storage_url: str, folder: str, chunk: Chunk) -> None:
     inside = Storage(storage_url).child(folder)
     if inside.exists(_hash_path(chunk)):
         return
-    sources, targets = read_chunk(inside, chunk)
-    inside.write_bytes(
-        _hash_path(chunk), b"".join(_digest(source, target) for source, target in zip(sources, targets, strict=True))
-    )
+    found = [
+        digest(*pair)
+        for sources, targets in batches(open_chunk(inside, chunk), BATCH_RECORDS, BATCH_BYTES)
+        for pair in zip(sources, targets, strict=True)
+    ]
+    inside.write_bytes(_hash_path(chunk), b"".join(found))
 
 
 def find_duplicates(task: PartitionTask) -> list[tuple[int, int]]:
     """Write the row numbers to drop of each chunk; (repeated, equal to a held-out one) of each. Done work is kept."""
     inside = Storage(task.storage_url).child(task.folder)
-    receipt = f"work/duplicates-{task.corpus}-{task.partition:05d}.json"
+    receipt = f"work/duplicates-{task.corpus}-{task.partition:05d}-of-{task.partitions:05d}.json"
     if inside.exists(receipt):
         return [tuple(pair) for pair in json.loads(inside.read_text(receipt))]
     parts = [_partition(_hashes(inside, _held_path(task.corpus)), task)[0]]
@@ -104,7 +108,9 @@ def find_duplicates(task: PartitionTask) -> list[tuple[int, int]]:
         span = np.arange(ends[number - 1], ends[number])
         again = first_of[span] != span
         leaked = first_of[span] < ends[0]
-        inside.write_bytes(_drop_path(chunk, task.partition), rows[number][again].astype("<i8").tobytes())
+        inside.write_bytes(
+            _drop_path(chunk, task.partition, task.partitions), rows[number][again].astype("<i8").tobytes()
+        )
         result.append((int((again & ~leaked).sum()), int(leaked.sum())))
     inside.write_text(receipt, json.dumps(result))
     return result
@@ -120,7 +126,8 @@ def _hashes(inside: Storage, path: str) -> np.ndarray:
     return np.frombuffer(inside.read_bytes(path), dtype=HASH)
 
 
-def _digest(source: str, target: str) -> bytes:
+def digest(source: str, target: str) -> bytes:
+    """Hash of a pair of texts, 16 bytes."""
     text = f"{len(source)} {source}{target}"
     return xxhash.xxh3_128_digest(text.encode("utf-8", "surrogatepass"))
 
@@ -133,5 +140,6 @@ def _hash_path(chunk: Chunk) -> str:
     return chunk.path.replace("work/texts-", "work/hashes-").replace(".arrow", ".bin")
 
 
-def _drop_path(chunk: Chunk, partition: int) -> str:
-    return chunk.path.replace("work/texts-", "work/drop-").replace(".arrow", f"-{partition:05d}.bin")
+def _drop_path(chunk: Chunk, partition: int, partitions: int) -> str:
+    own = f"-{partition:05d}-of-{partitions:05d}.bin"
+    return chunk.path.replace("work/texts-", "work/drop-").replace(".arrow", own)

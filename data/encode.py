@@ -1,19 +1,17 @@
-"""Second half of preparation: the tokenizer, and texts -> tokens -> rows -> shards in a stream."""
+"""Second half of preparation: texts -> tokens -> rows -> shards, in a stream."""
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import islice
 
-import numpy as np
-import pyarrow.compute as pc
 import xxhash
 
 from cluster.storage import Storage
-from data.extract import Chunk, open_chunk, read_chunk
+from data.extract import Chunk, batches, open_chunk
 from data.manifest import ShardInfo
 from data.packing import Pair, Row
 from data.rows import RowFormat, rows_of
@@ -35,6 +33,8 @@ class EncodeTask:
     chunk: Chunk
     number: int
     form: RowFormat
+    # What of the source template is one token, see `Tokenizer.encode_batch`.
+    prefix: str | None
     shard_rows: int
     block_rows: int
 
@@ -55,23 +55,6 @@ class Encoded:
         return cls(**{**body, "shards": tuple(ShardInfo(**shard) for shard in body["shards"])})
 
 
-def train_tokenizer(storage_url: str, folder: str, samples: Sequence[tuple[Chunk, int]], vocabulary_size: int) -> None:
-    """Train on `samples`, each a chunk and how many characters of it, and write tokenizer.json; kept when there."""
-    storage = Storage(storage_url).child(folder)
-    if storage.exists(TOKENIZER):
-        return
-    texts: list[str] = []
-    for chunk, characters in samples:
-        sources, targets = read_chunk(storage, chunk)
-        order = np.random.Generator(np.random.PCG64(_seed(chunk.path))).permutation(len(sources))
-        for i in order:
-            if characters <= 0:
-                break
-            texts.extend((sources[i], targets[i]))
-            characters -= len(sources[i]) + len(targets[i])
-    storage.write_bytes(TOKENIZER, Tokenizer.train(texts, vocabulary_size).to_bytes())
-
-
 def encode(task: EncodeTask) -> Encoded:
     """Tokenize, cut, pack and write the shards of one chunk; shards that are there and match their digest stay.
 
@@ -85,7 +68,7 @@ def encode(task: EncodeTask) -> Encoded:
             return done
     tokenizer = Tokenizer.load(storage.read_bytes(TOKENIZER))
     counts: Counter[str] = Counter()
-    texts = _tokenized(storage, task.chunk, tokenizer)
+    texts = _tokenized(storage, task.chunk, tokenizer, task.prefix)
     rows = rows_of(texts, task.form, tokenizer.eos_id, _seed(task.chunk.path), counts)
     shards: list[ShardInfo] = []
     for some in _groups(rows, task.shard_rows):
@@ -97,26 +80,10 @@ def encode(task: EncodeTask) -> Encoded:
     return result
 
 
-def _tokenized(storage: Storage, chunk: Chunk, tokenizer: Tokenizer) -> Iterator[Pair]:
+def _tokenized(storage: Storage, chunk: Chunk, tokenizer: Tokenizer, prefix: str | None) -> Iterator[Pair]:
     """Source and target tokens of each record of a chunk, tokenized a batch at a time."""
-    table = open_chunk(storage, chunk)
-    sizes = pc.add(pc.binary_length(table["source"]), pc.binary_length(table["target"])).to_numpy()
-    for start, end in _ranges(sizes.tolist()):
-        columns = (table[name].slice(start, end - start).to_pylist() for name in ("source", "target"))
-        encoded = tokenizer.encode_batch([text for column in columns for text in column])
-        yield from zip(encoded[: end - start], encoded[end - start :], strict=True)
-
-
-def _ranges(sizes: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Ranges [start, end) of records within ENCODE_RECORDS and ENCODE_BYTES; a larger record stands alone."""
-    start = held = 0
-    for number, size in enumerate(sizes):
-        if number > start and (number - start == ENCODE_RECORDS or held + size > ENCODE_BYTES):
-            yield start, number
-            start, held = number, 0
-        held += size
-    if start < len(sizes):
-        yield start, len(sizes)
+    for sources, targets in batches(open_chunk(storage, chunk), ENCODE_RECORDS, ENCODE_BYTES):
+        yield from zip(tokenizer.encode_batch(sources, prefix), tokenizer.encode_batch(targets), strict=True)
 
 
 def _groups(rows: Iterator[Row], size: int) -> Iterator[list[Row]]:

@@ -7,23 +7,29 @@ from __future__ import annotations
 
 import io
 import json
-from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from cluster.storage import Storage
 from configs.errors import DataError
 from configs.schema import CorpusSection
 from data.files import SourceFile
-from data.held_out import is_held_out_record, record_row, write_records
+from data.held_out import HeldOutWriter, is_held_out_record, record_row
 from data.manifest import ShardInfo
 from data.sources import known_fields, read_records
 from data.templates import PairTemplate, where
 
-CHUNK_CHARACTERS = 64 * 2**20
+# Characters of a chunk, and of a record batch in it, which is what is held in memory; neither may follow the
+# configured memory, for shards are made of chunks and their bytes must not depend on it.
+CHUNK_CHARACTERS = 16 * 2**20
+FLUSH_CHARACTERS = 2**20
 TEXTS = pa.schema([pa.field("source", pa.large_string(), False), pa.field("target", pa.large_string(), False)])
 
 
@@ -83,71 +89,103 @@ def extract(task: ExtractTask) -> Extracted:
     if storage.exists(receipt):
         return Extracted.from_json(storage.read_text(receipt))
     templates = {corpus.name: PairTemplate(corpus, task.source_tokens) for corpus in task.corpora}
-    writers = {corpus.name: _ChunkWriter(storage, corpus.name, task.part) for corpus in task.corpora}
-    held_out: dict[str, list[dict[str, str]]] = defaultdict(list)
     counts = {corpus.name: Counter() for corpus in task.corpora}
     shared: Counter[str] = Counter()
     reader = task.corpora[0]
     fields, key = known_fields(reader), reader.held_out_key
-    for file in task.files:
-        shared["files"] += 1
-        for number, record in enumerate(read_records(reader, file, shared), 1):
-            if key is not None and key not in record:
-                raise _lacks_key(reader, record, f"{file.url} (record {number})")
-            keep = file.held_out or is_held_out_record(record, task.record_fraction, key)
-            for name, template in templates.items():
-                if fields is None:
-                    template.check(record.keys(), f"{file.url} (record {number})")
-                pair = template.render(record)
-                if pair is None:
-                    counts[name]["records with an empty source or target"] += 1
-                elif (refusal := template.refusal(*pair)) is not None:
-                    counts[name][refusal] += 1
-                elif keep:
-                    held_out[name].append(record_row(*pair, record))
-                else:
-                    writers[name].add(*pair)
-    for name, count in counts.items():
-        count.update(shared)
-        count["records held out"] = len(held_out[name])
-    result = Extracted(
-        [chunk for writer in writers.values() for chunk in writer.close()],
-        {name: write_records(storage, f"work/held-{name}-{task.part:05d}.parquet", held_out[name]) for name in counts},
-        {name: dict(count) for name, count in counts.items()},
-    )
+    with ExitStack() as files:
+        writers = {name: files.enter_context(_ChunkWriter(storage, name, task.part)) for name in templates}
+        held_out = {
+            name: files.enter_context(HeldOutWriter(storage, f"work/held-{name}-{task.part:05d}.parquet"))
+            for name in templates
+        }
+        for file in task.files:
+            shared["files"] += 1
+            for number, record in enumerate(read_records(reader, file, shared), 1):
+                origin = f"{file.url} (record {number})"
+                if key is not None and key not in record:
+                    raise _lacks_key(reader, record, origin)
+                keep = file.held_out or is_held_out_record(record, task.record_fraction, key)
+                for name, template in templates.items():
+                    if fields is None:
+                        template.check(record.keys(), origin)
+                    pair = template.render(record)
+                    if pair is None:
+                        counts[name]["records with an empty source or target"] += 1
+                    elif (refusal := template.refusal(*pair)) is not None:
+                        counts[name][refusal] += 1
+                    elif keep:
+                        held_out[name].add(record_row(*pair, record))
+                    else:
+                        writers[name].add(*pair)
+        for name, count in counts.items():
+            count.update(shared)
+            count["records held out"] = held_out[name].rows
+        result = Extracted(
+            [chunk for writer in writers.values() for chunk in writer.close()],
+            {name: writer.close() for name, writer in held_out.items()},
+            {name: dict(count) for name, count in counts.items()},
+        )
     storage.write_text(receipt, result.to_json())
     return result
 
 
 class _ChunkWriter:
+    """Writes chunks record batch by record batch; a context: a chunk that is not ended leaves nothing behind."""
+
     def __init__(self, storage: Storage, corpus: str, part: int) -> None:
         self._storage, self._corpus, self._part = storage, corpus, part
         self._chunks: list[Chunk] = []
+        self._file = ExitStack()
+        self._writer: pa.ipc.RecordBatchFileWriter | None = None
         self._sources: list[str] = []
         self._targets: list[str] = []
-        self._characters = 0
+        # Characters of the pending batch, and records and characters of the chunk so far.
+        self._pending = self._records = self._characters = 0
 
     def add(self, source: str, target: str) -> None:
+        """Append a record."""
         self._sources.append(source)
         self._targets.append(target)
-        self._characters += len(source) + len(target)
-        if self._characters >= CHUNK_CHARACTERS:
+        self._pending += len(source) + len(target)
+        if self._pending >= FLUSH_CHARACTERS:
             self._flush()
+            if self._characters >= CHUNK_CHARACTERS:
+                self._end_chunk()
 
     def close(self) -> list[Chunk]:
+        """Write what is left; all chunks."""
         if self._sources:
             self._flush()
+        if self._writer is not None:
+            self._end_chunk()
         return self._chunks
 
+    def __enter__(self) -> _ChunkWriter:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self._writer is not None:
+            self._writer.close()
+        self._file.__exit__(*error)
+
+    def _path(self) -> str:
+        return f"work/texts-{self._corpus}-{self._part:05d}-{len(self._chunks):03d}.arrow"
+
     def _flush(self) -> None:
-        path = f"work/texts-{self._corpus}-{self._part:05d}-{len(self._chunks):03d}.arrow"
-        table = pa.table({"source": self._sources, "target": self._targets}, schema=TEXTS)
-        buffer = io.BytesIO()
-        with pa.ipc.new_file(buffer, TEXTS) as writer:
-            writer.write_table(table)
-        self._storage.write_bytes(path, buffer.getvalue())
-        self._chunks.append(Chunk(self._corpus, path, len(self._sources), self._characters))
-        self._sources, self._targets, self._characters = [], [], 0
+        if self._writer is None:
+            file = self._file.enter_context(self._storage.open(self._path(), "wb"))
+            self._writer = pa.ipc.new_file(pa.PythonFile(file, mode="w"), TEXTS)
+        self._writer.write_batch(pa.record_batch([self._sources, self._targets], schema=TEXTS))
+        self._records += len(self._sources)
+        self._characters += self._pending
+        self._sources, self._targets, self._pending = [], [], 0
+
+    def _end_chunk(self) -> None:
+        self._writer.close()
+        self._file.close()
+        self._chunks.append(Chunk(self._corpus, self._path(), self._records, self._characters))
+        self._writer, self._records, self._characters = None, 0, 0
 
 
 def open_chunk(storage: Storage, chunk: Chunk) -> pa.Table:
@@ -166,10 +204,16 @@ def open_chunk(storage: Storage, chunk: Chunk) -> pa.Table:
     return table
 
 
-def read_chunk(storage: Storage, chunk: Chunk) -> tuple[list[str], list[str]]:
-    """Sources and targets of `open_chunk`, all at once."""
-    table = open_chunk(storage, chunk)
-    return table["source"].to_pylist(), table["target"].to_pylist()
+def batches(table: pa.Table, records: int, most_bytes: int) -> Iterator[tuple[list[str], list[str]]]:
+    """Sources and targets of a chunk's table, at most so many records and bytes at a time; a larger record alone."""
+    sizes = pc.add(pc.binary_length(table["source"]), pc.binary_length(table["target"])).to_numpy().tolist()
+    start = held = 0
+    for number, size in enumerate([*sizes, most_bytes + 1]):
+        if number > start and (number - start == records or held + size > most_bytes):
+            part = table.slice(start, number - start)
+            yield part["source"].to_pylist(), part["target"].to_pylist()
+            start, held = number, 0
+        held += size
 
 
 def check_known_fields(corpus: CorpusSection, source_tokens: int | None) -> None:

@@ -7,10 +7,12 @@ one field decide instead, and `held_out` names files of held-out records.
 
 from __future__ import annotations
 
-import io
+import heapq
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -18,8 +20,12 @@ import xxhash
 
 from cluster.storage import Storage
 from configs.errors import DataError
+from data.arrow_file import DigestingSink
 from data.manifest import Manifest, ShardInfo
 
+# Text that is held in memory before it is written, characters; bytes that are read at one time.
+FLUSH_CHARACTERS = 1 << 20
+READ_BYTES = 1 << 20
 SCHEMA = pa.schema(
     [
         pa.field("source", pa.string(), nullable=False),
@@ -70,25 +76,68 @@ def record_row(source: str, target: str, fields: Mapping[str, str | bytes]) -> d
     return {"source": source, "target": target, "fields": json.dumps(texts, ensure_ascii=False)}
 
 
-def write_records(storage: Storage, path: str, rows: Iterable[Mapping[str, str]]) -> ShardInfo:
-    """Write one Parquet file of rows made by `record_row`."""
-    table = pa.Table.from_pylist(list(rows), schema=SCHEMA)
-    buffer = io.BytesIO()
-    pq.write_table(table, buffer, compression="zstd")
-    content = buffer.getvalue()
-    storage.write_bytes(path, content)
-    return ShardInfo(path, table.num_rows, 0, 0, len(content), xxhash.xxh3_128_hexdigest(content))
+class HeldOutWriter:
+    """Writes one Parquet file of rows made by `record_row`, about FLUSH_CHARACTERS of them in memory at a time.
+
+    A context: without `close` nothing is left behind.
+    """
+
+    def __init__(self, storage: Storage, path: str) -> None:
+        self._path, self.rows = path, 0
+        self._file = ExitStack()
+        self._sink = DigestingSink(self._file.enter_context(storage.open(path, "wb")))
+        self._writer = pq.ParquetWriter(pa.PythonFile(self._sink, mode="w"), SCHEMA, compression="zstd")
+        self._pending: list[Mapping[str, str]] = []
+        self._characters = 0
+
+    def add(self, row: Mapping[str, str]) -> None:
+        """Append one row."""
+        self._pending.append(row)
+        self.rows += 1
+        self._characters += sum(map(len, row.values()))
+        if self._characters >= FLUSH_CHARACTERS:
+            self._flush()
+
+    def close(self) -> ShardInfo:
+        """Write what is left; the file's description."""
+        if self._pending or not self.rows:
+            self._flush()
+        self._writer.close()
+        self._file.close()
+        return ShardInfo(self._path, self.rows, 0, 0, self._sink.bytes, self._sink.digest)
+
+    def __enter__(self) -> HeldOutWriter:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        # After `close` both do nothing; before it the file is thrown away with what the writer still writes.
+        self._writer.close()
+        self._file.__exit__(*error)
+
+    def _flush(self) -> None:
+        self._writer.write_table(pa.Table.from_pylist(self._pending, schema=SCHEMA))
+        self._pending, self._characters = [], 0
 
 
-def read_rows(storage: Storage, file: ShardInfo) -> list[dict[str, str]]:
-    """All rows of a file written by `write_records`; raises DataError when it is missing or damaged."""
+def iterate_rows(storage: Storage, file: ShardInfo) -> Iterator[dict[str, str]]:
+    """Rows of a file written by `HeldOutWriter`, a row group in memory at a time.
+
+    Raises DataError when it is missing or damaged.
+    """
+    url = f"{storage.url}/{file.path}"
     try:
-        content = storage.read_bytes(file.path)
+        with storage.open(file.path) as source:
+            digest = xxhash.xxh3_128()
+            while chunk := source.read(READ_BYTES):
+                digest.update(chunk)
+            if digest.hexdigest() != file.digest:
+                raise DataError(f"{url}: content does not match its digest; remove it and prepare again")
+            source.seek(0)
+            parquet = pq.ParquetFile(source)
+            for number in range(parquet.num_row_groups):
+                yield from parquet.read_row_group(number).to_pylist()
     except FileNotFoundError as error:
-        raise DataError(f"{storage.url}/{file.path}: held-out records are missing; prepare the data again") from error
-    if xxhash.xxh3_128_hexdigest(content) != file.digest:
-        raise DataError(f"{storage.url}/{file.path}: content does not match its digest; remove it and prepare again")
-    return pq.read_table(io.BytesIO(content), schema=SCHEMA).to_pylist()
+        raise DataError(f"{url}: held-out records are missing; prepare the data again") from error
 
 
 def read_records(storage: Storage, manifest: Manifest, corpus_name: str, limit: int, seed: int) -> list[HeldOut]:
@@ -97,9 +146,10 @@ def read_records(storage: Storage, manifest: Manifest, corpus_name: str, limit: 
     The same arguments give the same records, and a smaller limit gives a subset. Raises DataError when the file is
     missing or damaged.
     """
-    rows = read_rows(storage.child(manifest.folder), manifest.corpus(corpus_name).held_out)
-    chosen = sorted(range(len(rows)), key=lambda index: (share_of(f"{seed}/{index}"), index))[:limit]
+    file = manifest.corpus(corpus_name).held_out
+    chosen = set(heapq.nsmallest(limit, range(file.rows), key=lambda index: (share_of(f"{seed}/{index}"), index)))
     return [
-        HeldOut(index, rows[index]["source"], rows[index]["target"], json.loads(rows[index]["fields"]))
-        for index in sorted(chosen)
+        HeldOut(index, row["source"], row["target"], json.loads(row["fields"]))
+        for index, row in enumerate(iterate_rows(storage.child(manifest.folder), file))
+        if index in chosen
     ]

@@ -14,7 +14,7 @@ from data.extract import check_known_fields
 from data.files import SourceFile, list_files
 from data.manifest import FORMAT_VERSION
 from data.sources import has_content
-from data.templates import where
+from data.templates import literal_start, where
 from data.tokenizer import Tokenizer
 
 # Fields that decide how data is served, not what it is.
@@ -45,6 +45,12 @@ def group_of(corpus: CorpusSection) -> Group:
 def list_inputs(config: RunConfig) -> dict[Group, list[SourceFile]]:
     """Files of each group, after a check of all templates; raises DataError naming the corpus field."""
     inputs: dict[Group, list[SourceFile]] = {}
+    for prefix in config.data.tokenizer.prefixes:
+        if not any(literal_start(corpus).startswith(prefix) for corpus in config.data.corpora):
+            raise DataError(
+                f"data.tokenizer.prefixes: no corpus has a source template that begins with {prefix!r}; correct or "
+                "remove it"
+            )
     for corpus in config.data.corpora:
         check_known_fields(corpus, config.data.encoder_tokens)
         if group_of(corpus) not in inputs:

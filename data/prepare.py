@@ -14,22 +14,26 @@ from dataclasses import replace
 from typing import Any
 
 from cluster.storage import Storage
-from configs.errors import DataError, TelarError
+from configs.errors import DataError, RunStopped, TelarError
 from configs.schema import RunConfig
+from data.duplicates import digest as digest_of_pair
 from data.duplicates import drop_duplicates
-from data.encode import TOKENIZER, Encoded, EncodeTask, encode, train_tokenizer
+from data.encode import TOKENIZER, Encoded, EncodeTask, encode
 from data.extract import Chunk, Extracted, ExtractTask, check_not_empty, extract
 from data.files import SourceFile
-from data.held_out import held_out_files, read_rows, write_records
+from data.held_out import HeldOutWriter, held_out_files, iterate_rows
 from data.inputs import Group, data_digest, digest_of, group_of, list_inputs, read_given_tokenizer
 from data.manifest import NAME, CorpusInfo, Manifest, ShardInfo, folder_of
 from data.rows import RowFormat
-from data.runners import Runner
+from data.runners import Progress, Runner, nobody
+from data.templates import literal_start
 from data.tokenizer import Tokenizer
+from data.tokenizer_training import TrainingTask, train_tokenizer
 
 __all__ = ["data_digest", "prepare", "ray_tasks"]
 
 LEAST_PART_BYTES, MOST_PART_BYTES, PARTS = 4 * 2**20, 64 * 2**20, 64
+STOP_SECONDS = 1.0
 
 
 def prepare(config: RunConfig, storage: Storage, run_tasks: Runner, report: Callable[[str], None]) -> Manifest:
@@ -57,10 +61,15 @@ def prepare(config: RunConfig, storage: Storage, run_tasks: Runner, report: Call
         return found
 
 
-def ray_tasks(limit: int) -> Runner:
-    """A runner of Ray tasks with one CPU each, at most `limit` at a time; the first error ends the rest."""
+def ray_tasks(limit: int, should_stop: Callable[[], bool] = lambda: False) -> Runner:
+    """A runner of Ray tasks with one CPU each, at most `limit` at a time; the first error ends the rest.
 
-    def run(function: Callable[..., Any], arguments: Sequence[tuple]) -> list[Any]:
+    Raises RunStopped within STOP_SECONDS when `should_stop` says so; what is finished by then is kept.
+    """
+
+    def run(
+        function: Callable[..., Any], arguments: Sequence[tuple], done: Callable[[int], None] = nobody
+    ) -> list[Any]:
         import ray
 
         remote = ray.remote(num_cpus=1, max_retries=2)(_call)
@@ -72,10 +81,15 @@ def ray_tasks(limit: int) -> Runner:
                 while waiting and len(running) < limit:
                     number, each = waiting.pop()
                     running[remote.remote(function, each)] = number
-                done, _ = ray.wait(list(running), num_returns=1)
-                number = running.pop(done[0])
+                ended, _ = ray.wait(list(running), num_returns=1, timeout=STOP_SECONDS)
+                if should_stop():
+                    raise RunStopped("stopped on request while data were prepared; what was finished is kept")
+                if not ended:
+                    continue
+                number = running.pop(ended[0])
                 try:
-                    results[number] = ray.get(done[0])
+                    results[number] = ray.get(ended[0])
+                    done(number)
                 except ray.exceptions.RayTaskError as error:
                     if isinstance(error.cause, TelarError):
                         raise error.cause from error
@@ -119,7 +133,8 @@ def _prepare(
     report(
         f"preparing {folder}: {sum(map(len, inputs.values()))} files, {size / 1e6:.1f} MB, {len(tasks)} reading tasks"
     )
-    extracted: list[Extracted] = run_tasks(extract, [(task,) for task in tasks])
+    sizes = [sum(file.bytes for file in task.files) for task in tasks]
+    extracted: list[Extracted] = run_tasks(extract, [(task,) for task in tasks], Progress("read", sizes, report))
     chunks: dict[str, list[Chunk]] = defaultdict(list)
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     for result in extracted:
@@ -130,20 +145,26 @@ def _prepare(
     inside = storage.child(folder)
     held_out: dict[str, ShardInfo] = {}
     for corpus in config.data.corpora:
-        rows = _held_out_rows(inside, corpus.name, extracted)
+        held_out[corpus.name], digests = _held_out(inside, corpus.name, extracted, config.data.deduplicate)
         if config.data.deduplicate:
-            rows, chunks[corpus.name], removed = drop_duplicates(
-                storage.url, folder, corpus.name, rows, chunks[corpus.name], run_tasks
+            chunks[corpus.name], removed = drop_duplicates(
+                storage.url,
+                folder,
+                corpus.name,
+                digests,
+                chunks[corpus.name],
+                run_tasks,
+                config.data.prepare_memory_bytes,
             )
-            counts[corpus.name].update(removed)
-        held_out[corpus.name] = write_records(inside, f"held_out/{corpus.name}.parquet", rows)
+            repeated = counts[corpus.name]["records held out"] - held_out[corpus.name].rows
+            counts[corpus.name].update({**removed, "duplicate records held out": repeated})
         check_not_empty(corpus, counts[corpus.name], sum(chunk.records for chunk in chunks[corpus.name]))
 
     if config.data.tokenizer.path is not None:
         inside.write_bytes(TOKENIZER, read_given_tokenizer(config.data.tokenizer.path))
     else:
-        samples = _tokenizer_samples(config, chunks)
-        run_tasks(train_tokenizer, [(storage.url, folder, samples, config.data.tokenizer.vocabulary_size)])
+        samples = tuple(_tokenizer_samples(config, chunks))
+        run_tasks(train_tokenizer, [(TrainingTask(storage.url, folder, samples, config.data.tokenizer),)])
     tokenizer = Tokenizer.load(inside.read_bytes(TOKENIZER))
     report(f"tokenizer: {tokenizer.vocabulary_size} entries, digest {tokenizer.digest}")
 
@@ -160,6 +181,7 @@ def _prepare(
                 config.data.target_tokens,
                 keep_head=not corpus.continuation or bool(corpus.source),
             ),
+            tokenizer.prefix_of(literal_start(corpus)),
             config.data.shard_rows,
             config.data.block_rows,
         )
@@ -167,7 +189,8 @@ def _prepare(
         for number, chunk in enumerate(chunks[corpus.name])
     ]
     encoded: dict[str, list[Encoded]] = defaultdict(list)
-    for task, result in zip(encode_tasks, run_tasks(encode, [(task,) for task in encode_tasks]), strict=True):
+    progress = Progress("tokenize", [task.chunk.characters for task in encode_tasks], report)
+    for task, result in zip(encode_tasks, run_tasks(encode, [(task,) for task in encode_tasks], progress), strict=True):
         encoded[task.chunk.corpus].append(result)
     corpora = []
     for corpus in config.data.corpora:
@@ -200,9 +223,20 @@ def _prepare(
         packing=config.data.packing,
     ).write(storage)
     inside.remove("work")
+    _remove_orphans(inside, manifest)
     for line in manifest.summary():
         report(line)
     return manifest
+
+
+def _remove_orphans(inside: Storage, manifest: Manifest) -> None:
+    """Remove what a preparation that was killed left beside the files of the manifest."""
+    kept = {file.path for file in manifest.files()}
+    for folder in ("", "held_out", *(f"shards/{corpus.name}" for corpus in manifest.corpora)):
+        inside.remove_unfinished(folder)
+        for name in inside.names(folder) if folder else ():
+            if f"{folder}/{name}" not in kept:
+                inside.remove(f"{folder}/{name}")
 
 
 def _extract_tasks(
@@ -250,9 +284,20 @@ def _tokenizer_samples(config: RunConfig, chunks: dict[str, list[Chunk]]) -> lis
     return samples
 
 
-def _held_out_rows(inside: Storage, corpus: str, extracted: list[Extracted]) -> list[dict[str, str]]:
-    rows = []
-    for result in extracted:
-        if corpus in result.held_out:
-            rows.extend(read_rows(inside, result.held_out[corpus]))
-    return rows
+def _held_out(
+    inside: Storage, corpus: str, extracted: list[Extracted], deduplicate: bool
+) -> tuple[ShardInfo, dict[bytes, None]]:
+    """The file of all held-out rows of a corpus, each once where asked for, and their digests in that case."""
+    seen: dict[bytes, None] = {}
+    with HeldOutWriter(inside, f"held_out/{corpus}.parquet") as writer:
+        for result in extracted:
+            if corpus not in result.held_out:
+                continue
+            for row in iterate_rows(inside, result.held_out[corpus]):
+                if deduplicate:
+                    found = digest_of_pair(row["source"], row["target"])
+                    if found in seen:
+                        continue
+                    seen[found] = None
+                writer.add(row)
+        return writer.close(), seen

@@ -56,6 +56,11 @@ class Template:
         return "".join(literal + (record[name] if name is not None else "") for literal, name in self._parts)
 
 
+def literal_start(corpus: CorpusSection) -> str:
+    """What every source of a corpus begins with: its template up to the first field."""
+    return next((literal for literal, *_ in string.Formatter().parse(corpus.source)), "")
+
+
 class PairTemplate:
     """Source and target templates of a corpus.
 

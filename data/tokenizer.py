@@ -1,23 +1,33 @@
-"""Byte-level byte-pair tokenizer: `decode(encode(text)) == text` for every text, special tokens never come from text.
+"""Byte-level tokenizers: `decode(encode(text)) == text` for every text, special tokens never come from text.
 
 A newline with the indentation after it is one piece, runs of two or more blanks are another, digits stand alone,
-letters take one blank before them; merges never cross pieces. Byte-pair encoding as in Sennrich et al. 2016, over
-bytes as in Radford et al. 2019.
+letters take one blank before them; tokens never cross pieces. Byte-pair encoding as in Sennrich et al. 2016, over
+bytes as in Radford et al. 2019; unigram models as in Kudo 2018, over bytes too. Task prefixes are one token each, and
+image codes are the last entries of the vocabulary.
 """
 
 from __future__ import annotations
 
+import json
+import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 import tokenizers
 import xxhash
-from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 
 from cluster.storage import Storage
 from configs.errors import DataError
 from data.manifest import Manifest
+from data.unigram import scores_of
 
+# How prefixes are spelled as special tokens, and image codes.
+PREFIX = "<task>"
+IMAGE = re.compile(r"<image_\d+>")
+# 256 bytes, the special tokens and something to learn.
+LEAST_LEARNED = 270
 SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>")
 PIECES = r"[\r\n]+[ \t]*|[ \t]{2,}| ?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+|\s"
 
@@ -33,12 +43,44 @@ class Tokenizer:
         self._inner = inner
         self.pad_id, self.bos_id, self.eos_id = (inner.token_to_id(token) for token in SPECIAL_TOKENS)
         self.vocabulary_size = inner.get_vocab_size(with_added_tokens=True)
+        added = inner.get_added_tokens_decoder().items()
+        self.prefixes = {
+            token.content.removeprefix(PREFIX): number for number, token in added if token.content.startswith(PREFIX)
+        }
+        self.image_codes = [number for number, token in sorted(added) if IMAGE.fullmatch(token.content)]
         self.digest = xxhash.xxh3_128_hexdigest(self.to_bytes())
 
     @classmethod
-    def train(cls, texts: Iterable[str], vocabulary_size: int) -> Tokenizer:
-        """Learn merges on `texts`; the result depends on the texts alone. Few texts give a smaller vocabulary."""
-        inner = tokenizers.Tokenizer(models.BPE())
+    def train(
+        cls,
+        texts: Iterable[str],
+        vocabulary_size: int,
+        kind: str = "bpe",
+        prefixes: Sequence[str] = (),
+        image_codes: int = 0,
+    ) -> Tokenizer:
+        """Learn a model of `kind` (bpe or unigram) on `texts`; the result depends on the arguments alone.
+
+        `vocabulary_size` counts special tokens, `prefixes` and `image_codes`; few texts give a smaller vocabulary.
+        Raises DataError when there is no room for the bytes.
+        """
+        learned = vocabulary_size - len(prefixes) - image_codes
+        if learned < LEAST_LEARNED:
+            raise DataError(
+                f"data.tokenizer.vocabulary_size: {vocabulary_size} entries leave {learned} beside {len(prefixes)} "
+                f"prefixes and {image_codes} image codes; set it to {vocabulary_size - learned + LEAST_LEARNED} or more"
+            )
+        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+        shared = {
+            "vocab_size": learned,
+            "special_tokens": list(SPECIAL_TOKENS),
+            "initial_alphabet": alphabet,
+            "show_progress": False,
+        }
+        if kind == "bpe":
+            inner, trainer = tokenizers.Tokenizer(models.BPE()), trainers.BpeTrainer(**shared)
+        else:
+            inner, trainer = tokenizers.Tokenizer(models.Unigram()), trainers.UnigramTrainer(**shared)
         inner.pre_tokenizer = pre_tokenizers.Sequence(
             [
                 pre_tokenizers.Split(Regex(PIECES), behavior="isolated"),
@@ -46,13 +88,12 @@ class Tokenizer:
             ]
         )
         inner.decoder = decoders.ByteLevel()
-        trainer = trainers.BpeTrainer(
-            vocab_size=vocabulary_size,
-            special_tokens=list(SPECIAL_TOKENS),
-            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-            show_progress=False,
-        )
+        texts = list(texts)
         inner.train_from_iterator(texts, trainer)
+        if kind == "unigram":
+            inner = _scored_anew(inner, alphabet, texts)
+        inner.add_special_tokens([AddedToken(PREFIX + prefix, normalized=False) for prefix in prefixes])
+        inner.add_special_tokens([AddedToken(f"<image_{i}>", normalized=False) for i in range(image_codes)])
         return cls(inner)
 
     @classmethod
@@ -82,14 +123,38 @@ class Tokenizer:
         """Ids of a text, without special tokens."""
         return self._inner.encode(text, add_special_tokens=False).ids
 
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Ids of each text, int32 `[tokens]`, without special tokens."""
-        found = self._inner.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [np.asarray(encoding.ids, dtype=np.int32) for encoding in found]
+    def encode_batch(self, texts: Sequence[str], prefix: str | None = None) -> list[np.ndarray]:
+        """Ids of each text, int32 `[tokens]`, without special tokens but for `prefix`, one of `prefixes`.
+
+        All texts must begin with a prefix that is given, and it becomes one token.
+        """
+        if prefix is None:
+            found = self._inner.encode_batch_fast(list(texts), add_special_tokens=False)
+            return [np.asarray(encoding.ids, dtype=np.int32) for encoding in found]
+        assert all(text.startswith(prefix) for text in texts)
+        first = np.array([self.prefixes[prefix]], dtype=np.int32)
+        return [np.concatenate([first, ids]) for ids in self.encode_batch([text[len(prefix) :] for text in texts])]
+
+    def prefix_of(self, text: str) -> str | None:
+        """The longest of `prefixes` that `text` begins with."""
+        return max((prefix for prefix in self.prefixes if text.startswith(prefix)), key=len, default=None)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids, special tokens left out; bytes that are no UTF-8 become U+FFFD."""
         return self._inner.decode([int(token) for token in ids], skip_special_tokens=True)
+
+
+def _scored_anew(inner: tokenizers.Tokenizer, alphabet: Sequence[str], texts: Iterable[str]) -> tokenizers.Tokenizer:
+    """A trained unigram model with scores that any process would give, all bytes, and its entries in a fixed order."""
+    words: Counter[str] = Counter()
+    for text in texts:
+        words.update(word for word, _ in inner.pre_tokenizer.pre_tokenize_str(text))
+    tree = json.loads(inner.to_str())
+    pieces = {piece for piece, _ in tree["model"]["vocab"]} - {*SPECIAL_TOKENS}
+    scores = scores_of(pieces | {*alphabet}, words)
+    ordered = sorted(scores.items(), key=lambda entry: (-entry[1], entry[0]))
+    tree["model"]["vocab"] = [*([token, 0.0] for token in SPECIAL_TOKENS), *map(list, ordered)]
+    return tokenizers.Tokenizer.from_str(json.dumps(tree))
 
 
 def read_tokenizer(storage: Storage, manifest: Manifest) -> Tokenizer:

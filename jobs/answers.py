@@ -16,6 +16,7 @@ from data.batches import Collator
 from data.manifest import Manifest
 from data.packing import Pair, cut_pairs, cut_sequence, fit_prompt, fit_source
 from data.ring import Arrays
+from data.templates import literal_start
 from data.tokenizer import Tokenizer, read_tokenizer
 from jobs.batches import to_model
 from jobs.evaluator import Evaluator
@@ -66,21 +67,24 @@ class ModelAnswers:
     def answer(self, corpus: str, requests: Sequence[Request], max_new_tokens: int) -> list[dict[str, Any]]:
         """One answer per request in order, of the forms that `jobs.tasks.base` gives."""
         keep_head = keeps_head(self._corpora[corpus])
+        prefix = self._tokenizer.prefix_of(literal_start(self._corpora[corpus]))
         answers: dict[int, dict[str, Any]] = {}
         writing = [i for i, request in enumerate(requests) if isinstance(request, Generate)]
         scoring = [i for i, request in enumerate(requests) if isinstance(request, LogLikelihood)]
         sources = [requests[i].source for i in writing]
-        answers.update(zip(writing, self._generate(sources, keep_head, max_new_tokens), strict=True))
-        answers.update(zip(scoring, self._score([requests[i] for i in scoring], keep_head), strict=True))
+        answers.update(zip(writing, self._generate(sources, prefix, keep_head, max_new_tokens), strict=True))
+        answers.update(zip(scoring, self._score([requests[i] for i in scoring], prefix, keep_head), strict=True))
         return [answers[i] for i in range(len(requests))]
 
-    def _generate(self, sources: Sequence[str], keep_head: bool, max_new_tokens: int) -> list[dict[str, Any]]:
+    def _generate(
+        self, sources: Sequence[str], prefix: str | None, keep_head: bool, max_new_tokens: int
+    ) -> list[dict[str, Any]]:
         tokenizer, data = self._tokenizer, self._data
         encoded = [
             fit_prompt(ids, max_new_tokens, data.target_tokens, keep_head)
             if self._sequence
             else fit_source(ids, data.source_tokens, keep_head)
-            for ids in self._encode(sources)
+            for ids in self._encode(sources, prefix)
         ]
         outputs = greedy(
             self._model, [ids.tolist() for ids in encoded], tokenizer.bos_id, tokenizer.eos_id, max_new_tokens
@@ -94,8 +98,8 @@ class ModelAnswers:
             for output in outputs
         ]
 
-    def _score(self, requests: Sequence[LogLikelihood], keep_head: bool) -> list[dict[str, Any]]:
-        sources = self._encode([request.source for request in requests])
+    def _score(self, requests: Sequence[LogLikelihood], prefix: str | None, keep_head: bool) -> list[dict[str, Any]]:
+        sources = self._encode([request.source for request in requests], prefix)
         targets = self._encode([request.target for request in requests])
         data, eos = self._data, self._tokenizer.eos_id
         cut = [
@@ -144,8 +148,12 @@ class ModelAnswers:
         rows = [(source, np.array([len(source)]), labels, np.array([len(labels)])) for source, labels in pairs]
         return to_model(collator.fill(rows, 0, Arrays.empty(*collator.sizes))).trimmed()
 
-    def _encode(self, texts: Sequence[str]) -> list[np.ndarray]:
-        return self._tokenizer.encode_batch(texts) if texts else []
+    def _encode(self, texts: Sequence[str], prefix: str | None = None) -> list[np.ndarray]:
+        """Token ids; texts that begin with the corpus's prefix have it as one token, as in training."""
+        ids: list[np.ndarray] = []
+        for text in texts:
+            ids += self._tokenizer.encode_batch([text], prefix if prefix and text.startswith(prefix) else None)
+        return ids
 
 
 def keeps_head(corpus: CorpusSection) -> bool:

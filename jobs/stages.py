@@ -88,7 +88,8 @@ class Stages:
             prepared.append(line)
             self._say(line)
 
-        manifest = prepare(self._config, self._storage, ray_tasks(self._config.data.prepare_tasks), report)
+        runner = ray_tasks(self._config.data.prepare_tasks, self._stop_requested)
+        manifest = prepare(self._config, self._storage, runner, report)
         refers = {
             "data": manifest.folder,
             "digest": manifest.digest,

@@ -26,8 +26,7 @@ def fill(storage, shards=5, rows=ROWS, seed=0):
         tokens[path] = [[side.tolist() for side in sample[0]] for sample in pairs]
     corpus = CorpusInfo("c", 1.0, "likelihood", shards * rows, tuple(infos), infos[0], {})
     manifest = Manifest("abc", "t", 100, 0, 1, 2, 8, 8, (corpus,))
-    inside.write_text("manifest.json", manifest.to_json())
-    return manifest, infos, tokens
+    return manifest.write(storage), infos, tokens
 
 
 def read(path):

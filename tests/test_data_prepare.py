@@ -193,7 +193,7 @@ def test_both_corpora_hold_out_the_same_files_and_records_keep_their_fields(tmp_
     assert [record.index for record in few] == sorted(record.index for record in few)
 
 
-def backwards(function, arguments):
+def backwards(function, arguments, _done=None):
     """A runner that finishes tasks in the opposite order."""
     return [function(*each) for each in reversed(arguments)][::-1]
 
@@ -218,7 +218,7 @@ def test_a_killed_preparation_goes_on_and_ends_with_the_same_bytes(tmp_path, cod
         pass
 
     def dies_after(limit):
-        def run(function, arguments):
+        def run(function, arguments, _done=None):
             results = []
             for each in arguments:
                 if len(calls) >= limit:
@@ -241,7 +241,7 @@ def test_prepared_data_is_found_and_a_missing_shard_is_made_again(tmp_path, code
     first = prepare(config, storage, serial, lambda line: None)
     before = files_below(storage)
 
-    def never(function, arguments):
+    def never(function, arguments, _done=None):
         raise AssertionError("nothing was to be done")
 
     lines = []
@@ -324,3 +324,25 @@ def test_a_damaged_manifest_or_held_out_file_is_refused(tmp_path, code):
         Manifest.read(storage, manifest.folder)
     with pytest.raises(DataError, match="prepare stage again"):
         Manifest.read(storage, "data/none")
+
+
+def test_a_prefix_of_the_templates_is_one_token_in_every_source(tmp_path, code):
+    config = make_config(code)
+    corpus = config.data.corpora[0]
+    prefix = corpus.source[: corpus.source.index("{")]
+    assert prefix
+    tree = config.model_dump(mode="json")
+    tree["data"]["tokenizer"]["prefixes"] = [prefix]
+    config = parse_config(tree, "test")
+    storage = Storage(str(tmp_path / "store"))
+    manifest = prepare(config, storage, serial, lambda line: None)
+    tokenizer = Tokenizer.load(storage.read_bytes(manifest.tokenizer_path))
+    for info in manifest.corpus(corpus.name).shards:
+        reader = ShardReader(storage.local_path(f"{manifest.folder}/{info.path}"), info)
+        for row in range(info.rows):
+            source, lengths, _, _ = reader.row(row)
+            starts = np.cumsum(lengths) - lengths
+            assert (source[starts] == tokenizer.prefixes[prefix]).all()
+    tree["data"]["tokenizer"]["prefixes"] = ["summarise: "]
+    with pytest.raises(DataError, match=r"data.tokenizer.prefixes: no corpus .* 'summarise: '"):
+        prepare(parse_config(tree, "test"), storage, serial, lambda line: None)

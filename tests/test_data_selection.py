@@ -103,7 +103,7 @@ def repeating(number, count):
     return [{"q": f"q{(i * 7 + number) % 50}", "a": f"a{i % 10}", "id": f"{number}-{i}"} for i in range(count)]
 
 
-def backwards(function, arguments):
+def backwards(function, arguments, _done=None):
     return [function(*each) for each in reversed(arguments)][::-1]
 
 
@@ -134,7 +134,7 @@ def test_of_equal_pairs_one_stays_whatever_the_tasks_and_partitions(tmp_path, mo
     assert counts["duplicate records held out"] == len(held_rows) - len(held_pairs) > 0
     assert counts["records"] == len(expected) == manifest.corpus("c").pairs
 
-    monkeypatch.setattr("data.duplicates.PARTITION_RECORDS", 60)
+    monkeypatch.setattr("data.duplicates.BYTES_PER_RECORD", 2**30 // 60)
     prepared(config, tmp_path / "many", backwards)
     assert files_below(tmp_path / "one") == files_below(tmp_path / "many")
 
@@ -152,7 +152,7 @@ def test_a_killed_removal_of_duplicates_goes_on(tmp_path):
         pass
 
     def dies_at(name):
-        def run(function, arguments):
+        def run(function, arguments, _done=None):
             results = serial(function, arguments)
             if function.__name__ == name:
                 raise Killed

@@ -60,7 +60,8 @@ def generate_texts(
     if empty and encodes:
         raise ConfigError(f"TEXT {empty[0]} is empty; an encoder-decoder needs a source")
     capacity = config.data.source_tokens if encodes else config.data.target_tokens
-    encoded = [fit_source(ids, capacity).tolist() for ids in tokenizer.encode_batch(list(sources))]
+    ids = [tokenizer.encode_batch([source], tokenizer.prefix_of(source))[0] for source in sources]
+    encoded = [fit_source(each, capacity).tolist() for each in ids]
     positions = max_new_tokens + (0 if encodes else 1 + max(map(len, encoded)))
     if config.model.positions == "learned" and positions > config.model.max_positions:
         raise ConfigError(
