@@ -48,7 +48,7 @@ class View:
 
 
 class Stream:
-    """One epoch (or what is left of it) of shuffled int64 tensors `[samples, tokens]`."""
+    """One epoch (or what is left of it) of shuffled int64 tensors `[samples, tokens]`; asked again, one more."""
 
     def __iter__(self) -> Iterator[Any]:
         raise NotImplementedError

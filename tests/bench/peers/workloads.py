@@ -37,7 +37,6 @@ def throughput(peer: Peer, options: argparse.Namespace) -> Result:
     samples = len(check_batch(next(batches)))
     clock, rows, epochs = measure.Clock(), 0, 0
     deadline = time.perf_counter() + options.seconds
-    batch = None
     while time.perf_counter() < deadline:
         for batch in batches:
             rows += len(batch)
@@ -45,8 +44,6 @@ def throughput(peer: Peer, options: argparse.Namespace) -> Result:
                 break
         else:
             epochs += 1
-            stream.close()
-            stream = peer.open(folder, View(BATCH, workers=options.workers, seed=8 + epochs))
             batches = iter(stream)
     used = clock.read()
     tokens = rows * corpus.corpora(options.scale)["main"].width
