@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,7 @@ class HfMap(Peer):
             cache_dir=str(folder / "cache"),
         )  # fmt: skip
         dataset.save_to_disk(str(folder / "data"), num_shards=corpus.shards)
+        shutil.rmtree(folder / "cache")
 
     def open(self, folder: Path, view: View) -> Stream:
         dataset = Dataset.load_from_disk(str(folder / "data")).shuffle(seed=view.seed, load_from_cache_file=False)

@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 
 
-class NotSupported(Exception):  # noqa: N818
+class NotSupported(Exception):
     """The loader has no such thing; the message says why and lands in the table."""
 
 
@@ -81,6 +81,9 @@ class Peer:
     def write(self, corpus: Any, folder: Path) -> None:
         """Write a corpus in the loader's own format into an empty folder."""
         raise NotImplementedError
+
+    def start(self) -> None:
+        """Start the services that the loader needs, which a training job would have running anyway."""
 
     def open(self, folder: Path, view: View) -> Stream:
         """Shuffled batches of one epoch."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,18 +21,6 @@ from tests.bench.corpus import Corpus
 from tests.bench.peers.protocol import NotSupported, Peer, Remote, Stream, View, main
 
 BUFFER = 1024
-
-
-def start() -> None:
-    """A local cluster that ends with this process."""
-    if not ray.is_initialized():
-        ray.init(
-            num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR,
-            object_store_memory=1 << 30, _temp_dir=tempfile.mkdtemp(prefix="tb-ray-"),
-        )  # fmt: skip
-        context = DataContext.get_current()
-        context.enable_progress_bars = False
-        context.execution_options.preserve_order = True
 
 
 class Epoch(Stream):
@@ -59,8 +49,22 @@ class RayData(Peer):
             table = pa.table({"tokens": ArrowTensorArray.from_numpy(rows)})
             pq.write_table(table, str(folder / f"{number:05}.parquet"), compression="none", use_dictionary=False)
 
+    def start(self) -> None:
+        """A local cluster that ends with this process."""
+        if not ray.is_initialized():
+            folder = tempfile.mkdtemp(prefix="tb-ray-")
+            atexit.register(shutil.rmtree, folder, ignore_errors=True)
+            atexit.register(ray.shutdown)
+            ray.init(
+                num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR,
+                object_store_memory=1 << 30, _temp_dir=folder,
+            )  # fmt: skip
+            context = DataContext.get_current()
+            context.enable_progress_bars = False
+            context.execution_options.preserve_order = True
+
     def _read(self, paths: Any, view: View, **options: Any) -> Any:
-        start()
+        self.start()
         return ray.data.read_parquet(paths, shuffle=FileShuffleConfig(seed=view.seed), **options)
 
     def open(self, folder: Path, view: View) -> Stream:
