@@ -14,7 +14,7 @@ DONE = "telar-bench.json"
 PIP_SECONDS = 1800
 # What mosaicml-streaming imports of torchvision, for its vision datasets only.
 TORCHVISION = {
-    "__init__.py": '"""Stands for torchvision, of which nothing is used."""\n\nfrom torchvision import datasets, transforms\n',
+    "__init__.py": "from torchvision import datasets, transforms\n",
     "datasets.py": "class VisionDataset: ...\n\n\nclass CIFAR10: ...\n",
     "transforms/__init__.py": "",
     "transforms/functional.py": "def to_tensor(picture):\n    raise NotImplementedError\n",

@@ -102,10 +102,17 @@ def throughput(runs: list[dict[str, Any]]) -> list[str]:
 
 def slowdown(runs: list[dict[str, Any]]) -> list[str]:
     return rows(
-        ["slow-down %", "step on memory ms", "step on loader ms", "with one worker: slow-down %"],
+        [
+            "slow-down %",
+            "waiting for a batch % of a step",
+            "step on memory ms",
+            "step on loader ms",
+            "with one worker: slow-down %",
+        ],
         grouped(runs, ""),
         lambda loader, results: [
             show(values(results, "slowdown"), 100, 2),
+            show([result["wait_seconds"] / result["memory_step_seconds"] for result in results], 100, 2),
             show(values(results, "memory_step_seconds"), 1e3),
             show(values(results, "loader_step_seconds"), 1e3),
             show(values(grouped(runs, "1 worker").get(loader, []), "slowdown"), 100, 2),

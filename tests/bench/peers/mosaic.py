@@ -139,7 +139,7 @@ class Mosaic(Peer):
         assert generate_work(dataset.batching_method, dataset, World(1, 1, 1, 0), 0, 0)[0, 0, 0, 0, 0] >= 0
 
     def remote(self, remote: Remote, view: View) -> protocol.Stream:
-        """Mosaic has no HTTP: the directory stands for the remote, without throttling and errors, hashes are checked."""
+        """Mosaic has no HTTP: the directory stands for the remote, neither slow nor failing; hashes are checked."""
         clean_stale_shared_memory()
         dataset = StreamingDataset(
             remote=str(remote.folder), local=str(remote.cache), cache_limit=remote.cache_bytes, validate_hash="sha1",

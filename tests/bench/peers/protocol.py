@@ -105,7 +105,7 @@ class Peer:
         raise NotSupported("no HTTP")
 
     def pack(self, documents: list[Any], width: int, folder: Path) -> Iterator[tuple[Any, Any, Any]]:
-        """Rows of packed documents: tokens `[width]`, segments `[width]` or None, pad mask bool `[width]` (True = pad)."""
+        """Rows of packed documents: tokens, segments or None, pad (bool, True where no token is), each `[width]`."""
         raise NotSupported("no packing of documents")
 
     def versions(self) -> dict[str, str]:

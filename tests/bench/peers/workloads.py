@@ -38,10 +38,13 @@ def throughput(peer: Peer, options: argparse.Namespace) -> Result:
     stream = peer.open(folder, View(BATCH, workers=options.workers))
     batches = iter(stream)
     deadline = time.perf_counter() + options.seconds
-    while time.perf_counter() < deadline:
+    latest = deadline + 10 * options.seconds
+    # A whole epoch at least, unless that takes ten times as long: what is read ahead would count as read at once.
+    while (now := time.perf_counter()) < deadline or (not epochs and now < latest):
         for batch in batches:
             rows += len(batch)
-            if time.perf_counter() >= deadline:
+            now = time.perf_counter()
+            if now >= (deadline if epochs else latest):
                 break
         else:
             epochs += 1
@@ -69,7 +72,7 @@ def step_slowdown(peer: Peer, options: argparse.Namespace) -> Result:
     memory = [next(batches).clone() for _ in range(4)]
     for tokens in memory[:3]:
         step(tokens)
-    block, times = 4, {"memory": [], "loader": []}
+    block, waits, times = 4, [], {"memory": [], "loader": []}
     kept = itertools.cycle(memory)
     deadline = time.perf_counter() + options.seconds
     for name in itertools.cycle(("memory", "loader", "loader", "memory")):
@@ -77,6 +80,8 @@ def step_slowdown(peer: Peer, options: argparse.Namespace) -> Result:
         for _ in range(block):
             started = time.perf_counter()
             tokens = next(source)
+            if name == "loader":
+                waits.append(time.perf_counter() - started)
             step(tokens)
             times[name].append(time.perf_counter() - started)
         if name == "memory" and len(times["loader"]) % (2 * block) == 0 and time.perf_counter() > deadline:
@@ -87,6 +92,7 @@ def step_slowdown(peer: Peer, options: argparse.Namespace) -> Result:
         "steps": len(times["loader"]),
         "memory_step_seconds": middle["memory"],
         "loader_step_seconds": middle["loader"],
+        "wait_seconds": float(np.median(waits)),
         "slowdown": middle["loader"] / middle["memory"] - 1,
     }
 
