@@ -78,7 +78,8 @@ class Store:
     def _fails(self) -> bool:
         with self._lock:
             self.requests += 1
-            fails = self.requests % self._every == 0
+            # The fifth already: a loader that asks for whole files asks only a few times.
+            fails = self.requests % self._every == 5 % self._every
             self.failed += fails
             return fails
 

@@ -224,13 +224,23 @@ def remote(runs: list[dict[str, Any]]) -> list[str]:
             f"{result['corrupt_samples']:,}",
             f"{result['samples']:,}",
             fetched,
+            f"{result['cache_bytes'] / result['cache_limit_bytes']:.2f}",
             f"{result['stalls']} (longest {result['longest_wait_seconds']:.1f} s)",
             f"{result['starts']}",
             f"{result['wall_seconds']:.1f}",
             "; ".join(result["errors"]) or "none",
         ]
 
-    header = ["corrupt samples delivered", "samples", "bytes / dataset", "waits > 2 s", "starts", "s", "errors"]
+    header = [
+        "corrupt samples delivered",
+        "samples",
+        "bytes / dataset",
+        "cache / limit at the end",
+        "waits > 2 s",
+        "starts",
+        "s",
+        "errors",
+    ]
     return rows(header, grouped(runs), cells)
 
 
