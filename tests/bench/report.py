@@ -153,6 +153,8 @@ def resume(runs: list[dict[str, Any]]) -> list[str]:
     for fraction in ("50%", "90%"):
         before, after = grouped(runs, f"{fraction} before"), grouped(runs, f"{fraction} after")
         found = {loader: after.get(loader, results) for loader, results in before.items()}
+        # The second half of a pair may not have been measured yet.
+        found = {loader: results for loader, results in found.items() if loader in after or why_not(results)}
 
         def cells(loader: str, results: list[dict[str, Any]], before: Runs = before) -> list[str]:
             rest = results[0]["rest_bytes"]

@@ -26,6 +26,12 @@ def cpu_seconds() -> float:
     return total
 
 
+def age_seconds() -> float:
+    """Seconds since this process was started, to a tick of the kernel (10 ms)."""
+    ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+
+
 def peak_rss_bytes() -> int:
     """Sum of the peak resident sizes of this process and its living children."""
     return sum(_status(process.pid, "VmHWM") for process in _tree())
