@@ -229,6 +229,7 @@ def remote(runs: list[dict[str, Any]]) -> list[str]:
             f"{result['cache_bytes'] / result['cache_limit_bytes']:.2f}",
             f"{result['stalls']} (longest {result['longest_wait_seconds']:.1f} s)",
             f"{result['starts']}",
+            f"{result['silently_short_epochs']}",
             f"{result['wall_seconds']:.1f}",
             "; ".join(result["errors"]) or "none",
         ]
@@ -240,6 +241,7 @@ def remote(runs: list[dict[str, Any]]) -> list[str]:
         "cache / limit at the end",
         "waits > 2 s",
         "starts",
+        "epochs cut short without an error",
         "s",
         "errors",
     ]

@@ -27,8 +27,8 @@ from tests.bench.peers.protocol import Peer, Remote, Stream, View, main
 DIGEST = "bench"
 VOCABULARY = 1 << 16
 PAD, BOS, EOS = 0, 1, 2
-# 512 blocks of 64 samples are shuffled together; a lane per sample of a batch and more, so that neighbours differ.
-ORDER = {"lanes": 64, "window_blocks": 8, "block_rows": 64}
+# 512 blocks of 16 samples are shuffled together.
+ORDER = {"lanes": 8, "window_blocks": 64, "block_rows": 16}
 # Micro-batches of the workloads with several ranks; 8 of them do not divide by 3 or 6 ranks.
 MICRO_BATCH = 3
 PLAN_SHARD = 1024

@@ -246,13 +246,13 @@ def remote(peer: Peer, options: argparse.Namespace) -> Result:
     # A quarter; of few shards five, for Mosaic wants room for four with their headers.
     cache_bytes = chosen.bytes // min(4, chosen.shards // 5)
     target = Remote(options.url, folder, options.work / "cache", cache_bytes)
-    rows = wrong = stalls = starts = 0
+    rows = wrong = stalls = starts = short = 0
     errors: list[str] = []
     longest, started = 0.0, time.perf_counter()
-    # A damaged shard may end the run; a person would start it again with the cache that is there.
+    # A damaged shard may end the epoch, with an error or without; a person would start again with the cache as it is.
     for _ in range(2):
         try:
-            starts += 1
+            starts, before_start = starts + 1, rows
             stream = peer.remote(target, View(BATCH))
             before = time.perf_counter()
             for batch in stream:
@@ -262,7 +262,10 @@ def remote(peer: Peer, options: argparse.Namespace) -> Result:
                 rows, wrong = rows + len(values), wrong + corpus.wrong_rows(values)
                 before = time.perf_counter()
             stream.close()
-            break
+            # The rows of the damaged shard may be left out; more than those may not.
+            if rows - before_start >= chosen.samples - chosen.rows:
+                break
+            short += 1
         except NotSupported:
             raise
         except Exception as error:  # noqa: BLE001
@@ -273,6 +276,7 @@ def remote(peer: Peer, options: argparse.Namespace) -> Result:
         "stalls": stalls,
         "longest_wait_seconds": longest,
         "starts": starts,
+        "silently_short_epochs": short,
         "errors": errors,
         "wall_seconds": time.perf_counter() - started,
         "cache_limit_bytes": cache_bytes,
