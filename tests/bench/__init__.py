@@ -1,0 +1,1 @@
+"""Benchmarks against other loaders, run by hand: `python -m tests.bench.data`. pytest runs none of them."""
