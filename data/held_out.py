@@ -50,15 +50,18 @@ def share_of(text: str) -> float:
     return xxhash.xxh3_64_intdigest(text.encode("utf-8", "surrogatepass")) / 2**64
 
 
-def held_out_files(paths: Sequence[str], fraction: float) -> frozenset[str]:
+def held_out_files(paths: Sequence[str], fraction: float, sizes: Sequence[int] | None = None) -> frozenset[str]:
     """Relative paths that are kept for evaluation: those whose hash lies below `fraction`.
 
-    Of two files or more at least one is held out and at least one is not, unless the fraction is 0.
+    Of two files or more at least one is held out and at least one is not, unless the fraction is 0. A file that is
+    more than half of all bytes (`sizes`) is always trained on.
     """
     if fraction == 0.0 or len(paths) < 2:
         return frozenset()
-    by_hash = sorted(paths, key=lambda path: (share_of(path), path))
-    count = sum(share_of(path) < fraction for path in paths)
+    sizes = [0] * len(paths) if sizes is None else sizes
+    candidates = [path for path, size in zip(paths, sizes, strict=True) if 2 * size <= sum(sizes)]
+    by_hash = sorted(candidates, key=lambda path: (share_of(path), path))
+    count = sum(share_of(path) < fraction for path in candidates)
     return frozenset(by_hash[: min(max(count, 1), len(paths) - 1)])
 
 

@@ -247,7 +247,8 @@ def _extract_tasks(
         corpora = tuple(corpus for corpus in config.data.corpora if group_of(corpus) == group)
         fraction = 0.0 if corpora[0].held_out is not None else config.data.held_out_fraction
         by_record = len(files) == 1 or corpora[0].held_out_key is not None
-        chosen = held_out_files([file.relative for file in files], 0.0 if by_record else fraction)
+        relatives, sizes = [file.relative for file in files], [file.bytes for file in files]
+        chosen = held_out_files(relatives, 0.0 if by_record else fraction, sizes)
         files = [replace(file, held_out=file.held_out or file.relative in chosen) for file in files]
         part_bytes = min(max(sum(file.bytes for file in files) // PARTS, LEAST_PART_BYTES), MOST_PART_BYTES)
         parts: list[list[SourceFile]] = [[]]

@@ -302,6 +302,12 @@ def test_some_file_is_held_out_and_some_is_not(names, fraction):
         assert share_of(name) >= fraction or len(held) == len(names) - 1 or len(names) == 1
 
 
+def test_the_file_that_is_most_of_the_text_is_trained_on():
+    for name in "abcdefgh":
+        assert held_out_files([name, "x"], 0.5, [1000, 10]) == {"x"}
+    assert len(held_out_files(["a", "b"], 0.5, [10, 10])) == 1
+
+
 def test_a_damaged_manifest_or_held_out_file_is_refused(tmp_path, code):
     storage = Storage(str(tmp_path / "store"))
     manifest = prepare(make_config(code), storage, serial, lambda line: None)
