@@ -131,7 +131,6 @@ class Bench:
         )
         line = json.dumps(result)
         print(f"W{workload} {loader} {variant or '-'} #{repeat} ({seconds:.1f} s): {line[:300]}", flush=True)
-        self.save()
         return result
 
     def workload(self, number: int) -> None:
@@ -143,6 +142,7 @@ class Bench:
             for repeat in range(self.repeats):
                 for loader in self.interpreters:
                     timed(loader, repeat)
+                    self.save()
             return
         for loader in self.interpreters:
             with tempfile.TemporaryDirectory(prefix="tb-work-", dir=self.cache) as work:
@@ -150,6 +150,7 @@ class Bench:
                     self._remote(loader, Path(work))
                 else:
                     self.run(number, loader, 0, "", "--work", work)
+            self.save()
 
     def _throughput(self, loader: str, repeat: int) -> None:
         self.run(1, loader, repeat, "", "--seconds", str(SECONDS[self.scale][1]))
@@ -180,7 +181,6 @@ class Bench:
                     ids = np.concatenate([np.load(Path(work) / f"{phase}.npy") for phase in ("before", "after")])
                     chosen = corpus.corpora(self.scale)["main"]
                     result |= ledger(ids, chosen.first, chosen.samples)
-        self.save()
 
     def _remote(self, loader: str, work: Path) -> None:
         damaged = work / "store" / "main"
@@ -191,7 +191,6 @@ class Bench:
             result = self.run(7, loader, 0, "", *arguments)
             result |= {"store_requests": store.requests, "store_failures": store.failed}
             result |= {"store_bytes": store.sent_bytes, "dataset_bytes": size_of(damaged)}
-        self.save()
 
     def save(self) -> None:
         """results.json and table.md as they are now."""

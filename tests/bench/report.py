@@ -235,10 +235,10 @@ def remote(runs: list[dict[str, Any]]) -> list[str]:
         ]
 
     header = [
-        "corrupt samples delivered",
+        "corrupt samples",
         "samples",
         "bytes / dataset",
-        "cache / limit at the end",
+        "cache / limit",
         "waits > 2 s",
         "starts",
         "epochs cut short without an error",

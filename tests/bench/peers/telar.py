@@ -27,7 +27,7 @@ from tests.bench.peers.protocol import Peer, Remote, Stream, View, main
 DIGEST = "bench"
 VOCABULARY = 1 << 16
 PAD, BOS, EOS = 0, 1, 2
-# 512 blocks of 16 samples are shuffled together.
+# 512 blocks of 16 samples are shuffled together. Not the project's defaults: see the end of ../README.md.
 ORDER = {"lanes": 8, "window_blocks": 64, "block_rows": 16}
 # Micro-batches of the workloads with several ranks; 8 of them do not divide by 3 or 6 ranks.
 MICRO_BATCH = 3
