@@ -211,9 +211,9 @@ class DataSection(Section):
         "out too; counts are in the manifest",
     )
     shard_rows: PositiveInt = Field(8192, description="samples in a shard, at most")
-    block_rows: PositiveInt = Field(64, description="samples in a record batch, the unit of shuffled reading")
+    block_rows: PositiveInt = Field(16, description="samples in a record batch, the unit of shuffled reading")
     lanes: PositiveInt = Field(8, description="independent streams the order is made of; fixed for a run's life")
-    window_blocks: PositiveInt = Field(8, description="blocks of a lane that are shuffled together")
+    window_blocks: PositiveInt = Field(64, description="blocks of a lane that are shuffled together, after a ramp")
     cache_bytes: PositiveInt = Field(16 * 2**30, description="disk that a node's shard cache may take, bytes")
     fetch_timeout_seconds: PositiveInt = Field(
         300, description="longest wait for one shard, retries included, before the run fails, seconds"

@@ -77,6 +77,8 @@ class OpenShards:
         self._info, self._open_shard = info, open_shard
         # Openers that keep a lease on what is mapped are told when it no longer is.
         self._release: Callable[[ShardInfo], None] | None = getattr(open_shard, "release", None)
+        self._most_bytes: int | None = getattr(open_shard, "lease_bytes", None)
+        self._bytes = 0
         self._most_maps = min(max(LEAST_MAPS, blocks_at_once), MOST_MAPS)
         self._most_blocks = max(LEAST_BLOCKS, 2 * blocks_at_once)
         self._opened: OrderedDict[int, _Opened] = OrderedDict()
@@ -131,11 +133,20 @@ class OpenShards:
                 # A full cache may evict the file between its path being told and its being mapped.
                 if attempt == OPEN_TRIES:
                     raise
-        if len(self._opened) > self._most_maps:
-            # Its record batches go with it: they are views of the map and would keep it open.
-            number, old = self._opened.popitem(last=False)
-            old.blocks.clear()
-            old.reader.close()
-            if self._release is not None:
-                self._release(self._info(number))
+        self._bytes += info.bytes
+        while len(self._opened) > 1 and self._too_many():
+            self._close_oldest()
         return opened
+
+    def _too_many(self) -> bool:
+        return len(self._opened) > self._most_maps or (self._most_bytes is not None and self._bytes > self._most_bytes)
+
+    def _close_oldest(self) -> None:
+        # Its record batches go with it: they are views of the map and would keep it open.
+        number, old = self._opened.popitem(last=False)
+        old.blocks.clear()
+        old.reader.close()
+        info = self._info(number)
+        self._bytes -= info.bytes
+        if self._release is not None:
+            self._release(info)

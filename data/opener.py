@@ -72,7 +72,7 @@ class CacheOpener:
 
     def __init__(self, settings: CacheSettings, folder: str) -> None:
         """`folder` is the cache folder; it is not used when storage is local."""
-        self._uses = NextUses()
+        self._settings, self._uses = settings, NextUses()
         self._cache = settings.cache(folder, self._uses)
         self._prefetcher = settings.prefetcher(self._cache, self._uses)
         self._quarantine = settings.quarantine()
@@ -109,6 +109,14 @@ class CacheOpener:
     def prefetch(self, shards: Sequence[ShardInfo]) -> None:
         """Announce shards that will be needed, in order of first use; does not wait."""
         self._prefetcher.announce(self._reader, shards)
+
+    @property
+    def lease_bytes(self) -> int | None:
+        """How many bytes of shards a reader should have open at most: what is open cannot be evicted.
+
+        A quarter of the cache, as several ranks share it; None where storage is local and nothing is cached.
+        """
+        return None if self._cache.is_local else self._settings.cache_bytes // 4
 
     def release(self, shard: ShardInfo) -> None:
         """The map of this shard is closed: its copy may be evicted. A shard that is not open is fine."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from cluster.storage import Storage
+from configs.data_section import DataSection
 from configs.load import parse_config
 from configs.schema import RunConfig
 from data.loader import Loader
@@ -27,8 +28,7 @@ from tests.bench.peers.protocol import Peer, Remote, Stream, View, main
 DIGEST = "bench"
 VOCABULARY = 1 << 16
 PAD, BOS, EOS = 0, 1, 2
-# 512 blocks of 16 samples are shuffled together. Not the project's defaults: see the end of ../README.md.
-ORDER = {"lanes": 8, "window_blocks": 64, "block_rows": 16}
+BLOCK_ROWS = DataSection.model_fields["block_rows"].default
 # Micro-batches of the workloads with several ranks; 8 of them do not divide by 3 or 6 ranks.
 MICRO_BATCH = 3
 PLAN_SHARD = 1024
@@ -42,7 +42,6 @@ def make_config(width: int, view: View, corpora: list[str], **data: Any) -> RunC
             "corpora": [{"name": name, "kind": "text", "path": "none", "target": "{text}"} for name in corpora],
             "layout": "sequence",
             "target_tokens": width,
-            **ORDER,
             **data,
         },
         "train": {
@@ -124,7 +123,7 @@ class Telar(Peer):
                 f"shards/{number:05}.arrow",
                 ([(NOTHING, row)] for row in corpus.shard(number)),
                 VOCABULARY,
-                ORDER["block_rows"],
+                BLOCK_ROWS,
             )
             for number in range(corpus.shards)
         ]
