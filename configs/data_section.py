@@ -81,7 +81,7 @@ class CorpusSection(Section):
         "cut in two); records outside are left out and counted",
     )
     weight: float = Field(1.0, gt=0.0, description="share of samples, relative to the other corpora")
-    task: Literal["likelihood", "summary", "completion"] = Field(
+    task: Literal["likelihood", "summary", "completion", "translation"] = Field(
         "likelihood", description="how held-out records are evaluated, besides their likelihood"
     )
 

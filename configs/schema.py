@@ -149,6 +149,11 @@ class EvaluateSection(Section):
     likelihood_records: PositiveInt = Field(256, description="held-out records per corpus, at most")
     generate_records: PositiveInt = Field(128, description="records per generating task, at most")
     max_new_tokens: PositiveInt = Field(64, description="longest generated output, tokens")
+    beams: PositiveInt = Field(1, description="beams of beam search; 1: the most probable token at each step")
+    length_penalty: float = Field(0.6, ge=0.0, description="alpha of beam search; 0: none (Vaswani et al. 2017, 6.1)")
+    average_checkpoints: PositiveInt = Field(
+        1, description="evaluate the mean of the last so many checkpoints; checkpoint.keep must keep them"
+    )
     bootstrap_rounds: int = Field(1000, ge=100, description="resamples behind each confidence interval")
     samples: int = Field(10, ge=0, description="source/reference/output triples kept for the report")
 
@@ -174,6 +179,17 @@ class RunConfig(Section):
     elastic: ElasticSection = Field(default_factory=ElasticSection)
     evaluate: EvaluateSection = Field(default_factory=EvaluateSection)
     tracking: TrackingSection = Field(default_factory=TrackingSection)
+
+    @model_validator(mode="after")
+    def _checkpoints_are_kept(self) -> RunConfig:
+        wanted, made = self.evaluate.average_checkpoints, -(-self.train.steps // self.checkpoint.every_steps)
+        if wanted > min(self.checkpoint.keep, made):
+            raise ValueError(
+                f"evaluate.average_checkpoints: {wanted} checkpoints cannot be averaged, checkpoint.keep is "
+                f"{self.checkpoint.keep} and {made} are made; raise checkpoint.keep, lower checkpoint.every_steps, "
+                "or average fewer"
+            )
+        return self
 
     @model_validator(mode="after")
     def _positions_reach(self) -> RunConfig:

@@ -9,22 +9,21 @@ from typing import Any
 import numpy as np
 import torch
 
-from cluster import commit
 from cluster.storage import Storage
 from configs.schema import CorpusSection, RunConfig
 from data.batches import Collator
-from data.manifest import Manifest
 from data.packing import Pair, cut_pairs, cut_sequence, fit_prompt, fit_source
 from data.ring import Arrays
 from data.templates import literal_start
-from data.tokenizer import Tokenizer, read_tokenizer
+from data.tokenizer import Tokenizer
 from jobs.batches import to_model
 from jobs.evaluator import Evaluator
+from jobs.loading import load_trained
 from jobs.tasks.base import Generate, LogLikelihood, Request
 from model.batch import ModelBatch
-from model.checkpoint import CheckpointReader, load_parameters
+from model.beam import beam_search
 from model.generation import greedy
-from model.transformer import Transformer, build_model, token_scores
+from model.transformer import Transformer, token_scores
 
 ROWS_AT_ONCE = 16
 # A held-out target is scored in pieces, cut as in training; what lies beyond the first pieces is not scored.
@@ -33,12 +32,11 @@ MOST_PIECES = 8
 
 @dataclass(frozen=True)
 class EvaluatorTask:
-    """What an evaluator is told: which checkpoint of which run, and where the prepared data lie."""
+    """What an evaluator is told: which checkpoint of which run."""
 
     config: RunConfig
     storage_url: str
     run: str
-    data_folder: str
     step: int
 
 
@@ -46,14 +44,8 @@ def load_evaluator(task: EvaluatorTask) -> Evaluator:
     """Read the verified checkpoint and the tokenizer; raises CheckpointError or DataError."""
     torch.set_num_threads(1)
     storage = Storage(task.storage_url)
-    manifest = Manifest.read(storage, task.data_folder)
-    tokenizer = read_tokenizer(storage, manifest)
-    folder = storage.child(task.run)
-    checkpoints = folder.child("checkpoints")
-    model = build_model(task.config.model, manifest.vocabulary_size, task.config.run.seed)
-    with CheckpointReader(checkpoints, commit.read_commit(checkpoints, task.step)) as reader:
-        model.load(load_parameters(reader))
-    return Evaluator(ModelAnswers(model.eval(), tokenizer, task.config), folder)
+    found = load_trained(storage, task.run, task.config, task.step, task.config.evaluate.average_checkpoints)
+    return Evaluator(ModelAnswers(found.model, found.tokenizer, task.config), storage.child(task.run))
 
 
 class ModelAnswers:
@@ -61,6 +53,7 @@ class ModelAnswers:
 
     def __init__(self, model: Transformer, tokenizer: Tokenizer, config: RunConfig) -> None:
         self._model, self._tokenizer, self._data = model, tokenizer, config.data
+        self._evaluate = config.evaluate
         self._corpora = {corpus.name: corpus for corpus in config.data.corpora}
         self._sequence = config.data.layout == "sequence"
 
@@ -86,9 +79,7 @@ class ModelAnswers:
             else fit_source(ids, data.source_tokens, keep_head)
             for ids in self._encode(sources, prefix)
         ]
-        outputs = greedy(
-            self._model, [ids.tolist() for ids in encoded], tokenizer.bos_id, tokenizer.eos_id, max_new_tokens
-        )
+        outputs = self._outputs([ids.tolist() for ids in encoded], max_new_tokens)
         return [
             {
                 "text": tokenizer.decode(output),
@@ -97,6 +88,14 @@ class ModelAnswers:
             }
             for output in outputs
         ]
+
+    def _outputs(self, sources: list[list[int]], max_new_tokens: int) -> list[list[int]]:
+        bos, eos = self._tokenizer.bos_id, self._tokenizer.eos_id
+        beams, alpha = self._evaluate.beams, self._evaluate.length_penalty
+        if beams == 1:
+            return greedy(self._model, sources, bos, eos, max_new_tokens)
+        found = beam_search(self._model, sources, bos, eos, max_new_tokens, beams, alpha)
+        return [hypotheses[0].tokens if hypotheses else [] for hypotheses in found]
 
     def _score(self, requests: Sequence[LogLikelihood], prefix: str | None, keep_head: bool) -> list[dict[str, Any]]:
         sources = self._encode([request.source for request in requests], prefix)

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
-from cluster import commit
+from cluster.commit import Committed
 from cluster.storage import Storage
 from configs.errors import TelarError
 from configs.schema import RunConfig
@@ -21,9 +21,10 @@ from data.held_out import read_records
 from data.manifest import Manifest
 from jobs.answers import EvaluatorTask, load_evaluator
 from jobs.fan_out import RayRunner, Runner
+from jobs.loading import choose_checkpoints
 from jobs.machine import hardware, versions
 from jobs.results import Cell, cell_result, inputs_digest, overall_result, samples, table_lines
-from jobs.slices import cut, read_rows
+from jobs.slices import cut, decoding_of, read_rows
 from jobs.tasks.base import TrainingFacts
 from jobs.tasks.registry import tasks_of
 from jobs.training_facts import training_facts
@@ -39,12 +40,17 @@ class EvaluationError(TelarError):
 def is_done(config: RunConfig, storage: Storage, run: str, manifest: Manifest, step: int) -> bool:
     """Whether results.json holds the results of this step's checkpoint under these settings."""
     folder = storage.child(run)
-    committed = commit.read_commit(folder.child("checkpoints"), step)
+    committed = choose_checkpoints(storage, run, step, config.evaluate.average_checkpoints)
     try:
         found = json.loads(folder.read_text(RESULTS))
     except (FileNotFoundError, json.JSONDecodeError):
         return False
-    return found.get("digest") == inputs_digest(config, committed.digest, manifest.digest)
+    return found.get("digest") == inputs_digest(config, digest_of(committed), manifest.digest)
+
+
+def digest_of(committed: Sequence[Committed]) -> str:
+    """What stands for the checkpoints that a model was made of: their digests, in the order of their steps."""
+    return " ".join(each.digest for each in committed)
 
 
 def evaluate(
@@ -66,8 +72,8 @@ def evaluate(
     """
     started = time.monotonic()
     folder = storage.child(run)
-    committed = commit.read_commit(folder.child("checkpoints"), step)
-    cells = plan(config, storage, manifest, committed.digest)
+    committed = choose_checkpoints(storage, run, step, config.evaluate.average_checkpoints)
+    cells = plan(config, storage, manifest, digest_of(committed))
     slices = [piece for cell in cells for piece in cell.slices]
     todo = sorted(
         (piece for piece in slices if not folder.exists(piece.path)), key=lambda piece: (-piece.cost, piece.key)
@@ -78,7 +84,7 @@ def evaluate(
         f"{len(slices) - len(todo)} answered already"
     )
     if runner is None:
-        task = EvaluatorTask(config, storage.url, run, manifest.folder, step)
+        task = EvaluatorTask(config, storage.url, run, step)
         timeout = config.elastic.start_timeout_seconds
         runner = RayRunner(partial(load_evaluator, task), config.evaluate.workers, run, timeout)
     progress = Progress(report, len(todo))
@@ -101,10 +107,10 @@ def evaluate(
         report(line)
     failed = [f"{c['task']} of {c['corpus']}: {c['detail']}" for c in found if c["status"] in ("missing", "failed")]
     content = {
-        "digest": inputs_digest(config, committed.digest, manifest.digest),
+        "digest": inputs_digest(config, digest_of(committed), manifest.digest),
         "step": step,
-        "checkpoint": f"checkpoints/{committed.folder}",
-        "checkpoint_digest": committed.digest,
+        "checkpoint": f"checkpoints/{committed[-1].folder}",
+        "checkpoint_digest": committed[-1].digest,
         "data_digest": manifest.digest,
         "training_tokens_counted": known.ngrams.tokens,
         "cells": [*([overall] if overall else []), *found],
@@ -116,7 +122,8 @@ def evaluate(
         "seconds": round(time.monotonic() - started, 3),
         "evaluators": config.evaluate.workers,
         "settings": {
-            "decoding": "greedy",
+            "decoding": decoding_of(config.evaluate),
+            "averaged_steps": [each.step for each in committed],
             "dtype": "float32",
             "device": "cpu",
             "batch": f"the records of a slice, {config.evaluate.slice_records} at most",
@@ -157,6 +164,7 @@ def plan(config: RunConfig, storage: Storage, manifest: Manifest, checkpoint_dig
                 config.evaluate.slice_records,
                 config.evaluate.max_new_tokens,
                 inputs,
+                decoding_of(config.evaluate),
             )
             cells.append(Cell(corpus.name, task, examples, slices))
     return cells

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -54,6 +55,25 @@ def ratio_interval(
     low, high = np.quantile(ratios, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     value = numerators.sum() / denominators.sum()
     return Interval(float(value), float(low), float(high), int(numerators.size))
+
+
+def statistic_interval(
+    statistics: np.ndarray, figure: Callable[[np.ndarray], float], rounds: int, seed: int
+) -> Interval:
+    """`figure` of the column sums of `statistics` `[records, columns]`, with the interval of resampled records.
+
+    Two calls with one seed, one `rounds` and equally many records draw the same records. Raises ValueError when there
+    is no record.
+    """
+    records = len(statistics)
+    if records == 0:
+        raise ValueError("no records to average over")
+    generator, figures = np.random.default_rng(seed), []
+    for _ in range(rounds):
+        drawn = generator.multinomial(records, np.full(records, 1.0 / records))
+        figures.append(figure(drawn @ statistics))
+    low, high = np.quantile(figures, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return Interval(float(figure(statistics.sum(axis=0))), float(low), float(high), records)
 
 
 def mean_interval(values: np.ndarray, rounds: int, seed: int) -> Interval:

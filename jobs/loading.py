@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from cluster import commit
+from cluster.commit import Committed
 from cluster.storage import Storage
 from configs.errors import ConfigError
 from configs.schema import RunConfig
@@ -27,11 +28,10 @@ class Trained:
     steps: tuple[int, ...]
 
 
-def load_trained(storage: Storage, run: str, config: RunConfig, step: int | None = None, average: int = 1) -> Trained:
-    """The checkpoint of `step` (default: the latest), or the mean of it and the `average` - 1 committed before it.
+def choose_checkpoints(storage: Storage, run: str, step: int | None = None, average: int = 1) -> list[Committed]:
+    """The checkpoint of `step` (default: the latest) with the `average` - 1 committed before it, ascending.
 
-    Averaging is section 6.1 of Vaswani et al. 2017. Raises ConfigError when there are no such checkpoints, and
-    CheckpointError or DataError for what is damaged or does not belong together.
+    Raises ConfigError when there are not so many, CheckpointError when one is damaged.
     """
     checkpoints = storage.child(run, "checkpoints")
     steps = commit.committed_steps(checkpoints)
@@ -45,13 +45,22 @@ def load_trained(storage: Storage, run: str, config: RunConfig, step: int | None
             f"{average} checkpoints are to be averaged, {storage.url}/{run} has {len(steps)} up to there; raise "
             "checkpoint.keep when training, or average fewer"
         )
-    committed = [commit.read_commit(checkpoints, each) for each in steps]
+    return [commit.read_commit(checkpoints, each) for each in steps]
+
+
+def load_trained(storage: Storage, run: str, config: RunConfig, step: int | None = None, average: int = 1) -> Trained:
+    """The checkpoint of `step` (default: the latest), or the mean of it and the `average` - 1 committed before it.
+
+    Averaging is section 6.1 of Vaswani et al. 2017. Raises ConfigError when there are no such checkpoints, and
+    CheckpointError or DataError for what is damaged or does not belong together.
+    """
+    checkpoints, committed = storage.child(run, "checkpoints"), choose_checkpoints(storage, run, step, average)
     manifest = Manifest.read(storage, folder_of(committed[-1].manifest["data_digest"]))
     tokenizer = read_tokenizer(storage, manifest)
     trained_with = committed[-1].manifest["tokenizer_digest"]
     if tokenizer.digest != trained_with:
         raise ConfigError(
-            f"{storage.url}/{run}: step {steps[-1]} was trained with tokenizer {trained_with}, "
+            f"{storage.url}/{run}: step {committed[-1].step} was trained with tokenizer {trained_with}, "
             f"{manifest.folder} holds {tokenizer.digest}; prepare the data of that run again"
         )
     mean: dict[str, Tensor] = {}
@@ -62,4 +71,4 @@ def load_trained(storage: Storage, run: str, config: RunConfig, step: int | None
                 mean[name] = mean[name] + share if name in mean else share
     model = build_model(config.model, manifest.vocabulary_size, config.run.seed)
     model.load(mean)
-    return Trained(model.eval(), tokenizer, manifest, config, tuple(steps))
+    return Trained(model.eval(), tokenizer, manifest, config, tuple(each.step for each in committed))

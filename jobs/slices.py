@@ -13,9 +13,11 @@ import pyarrow.parquet as pq
 
 from cluster.storage import Storage
 from configs.errors import StorageError
+from configs.schema import EvaluateSection
 from jobs.tasks.base import Example, Generate, Row
 
 FOLDER = "evaluation/slices"
+GREEDY = "greedy"
 SCHEMA = pa.schema(
     [
         pa.field("index", pa.int64(), nullable=False),
@@ -50,6 +52,11 @@ class Slice:
         )
 
 
+def decoding_of(evaluate: EvaluateSection) -> str:
+    """How outputs are chosen, in words; part of each slice's key and of the results."""
+    return GREEDY if evaluate.beams == 1 else f"beam search, {evaluate.beams} beams, alpha {evaluate.length_penalty:g}"
+
+
 def cut(
     corpus: str,
     task: str,
@@ -58,11 +65,13 @@ def cut(
     size: int,
     max_new_tokens: int,
     inputs: dict[str, str],
+    decoding: str = GREEDY,
 ) -> list[Slice]:
     """A cell's examples in slices of `size`, in order.
 
-    `inputs` names what else the answers depend on (digests of checkpoint and data). The number of evaluators is no
-    part of the key, so that fewer or more of them find the same slices.
+    `inputs` names what else the answers depend on (digests of checkpoints and data), `decoding` how outputs are chosen
+    (see `decoding_of`). The number of evaluators is no part of the key, so that fewer or more of them find the same
+    slices.
     """
     slices = []
     for start in range(0, len(examples), size):
@@ -72,7 +81,7 @@ def cut(
             "corpus": corpus,
             "task": task,
             "version": version,
-            "generation": {"kind": "greedy", "max_new_tokens": max_new_tokens},
+            "generation": {"kind": decoding, "max_new_tokens": max_new_tokens},
             "rows": [example.record.index for example in part],
             "requests": [
                 [[type(request).__name__, asdict(request)] for request in example.requests] for example in part

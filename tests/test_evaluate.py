@@ -26,7 +26,7 @@ from data.runners import serial
 from data.shard_server import plain_opener
 from data.tokenizer import Tokenizer
 from jobs import evaluate as stage
-from jobs.answers import EvaluatorTask, load_evaluator
+from jobs.answers import EvaluatorTask, ModelAnswers, load_evaluator
 from jobs.evaluator import Evaluator
 from jobs.fan_out import RayRunner, SerialRunner
 from jobs.ngrams import count
@@ -353,6 +353,7 @@ def trained(request, tmp_path_factory):
             "d_ff": 32,
             "encoder_layers": 1,
             "decoder_layers": 2,
+            "tie_embeddings": False,
         },
         "train": {"steps": 6, "global_batch_sequences": 4, "micro_batch_sequences": 2},
         "evaluate": {"slice_records": 5, "bootstrap_rounds": 100, "max_new_tokens": 6, "samples": 2},
@@ -360,14 +361,21 @@ def trained(request, tmp_path_factory):
     config = parse_config(tree, "test")
     storage = Storage(config.run.storage)
     manifest = prepare(config, storage, serial, lambda line: None)
-    model = build_model(config.model, manifest.vocabulary_size, seed=9).eval()
-    checkpoints = storage.child(RUN, "checkpoints")
-    pieces = [
-        Fragment(name, WEIGHT, tuple(parameter.shape), 0, parameter.detach().flatten())
-        for name, parameter in model.named_parameters()
-    ]
-    commit.commit(checkpoints, 6, 1, [write_snapshot(checkpoints, 6, 1, 0, pieces)], 1, {})
-    return SimpleNamespace(config=config, storage=storage, manifest=manifest, model=model)
+    checkpoints, belongs = (
+        storage.child(RUN, "checkpoints"),
+        {
+            "data_digest": manifest.digest,
+            "tokenizer_digest": manifest.tokenizer_digest,
+        },
+    )
+    models = {step: build_model(config.model, manifest.vocabulary_size, seed=3 + step).eval() for step in (4, 6)}
+    for step, model in models.items():
+        pieces = [
+            Fragment(name, WEIGHT, tuple(parameter.shape), 0, parameter.detach().flatten())
+            for name, parameter in model.named_parameters()
+        ]
+        commit.commit(checkpoints, step, 1, [write_snapshot(checkpoints, step, 1, 0, pieces)], 1, belongs)
+    return SimpleNamespace(config=config, storage=storage, manifest=manifest, model=models[6], earlier=models[4])
 
 
 def literal_nll(trained, source, target):
@@ -397,7 +405,7 @@ def literal_nll(trained, source, target):
 
 def test_a_checkpoint_is_evaluated_end_to_end(trained):
     config, storage, manifest = trained.config, trained.storage, trained.manifest
-    task = EvaluatorTask(config, storage.url, RUN, manifest.folder, 6)
+    task = EvaluatorTask(config, storage.url, RUN, 6)
     runner = SerialRunner(partial(load_evaluator, task))
     results = stage.evaluate(config, storage, RUN, manifest, 6, print, lambda: False, runner=runner)
     records = read_records(storage, manifest, "completion", 256, config.run.seed)
@@ -421,6 +429,32 @@ def test_a_checkpoint_is_evaluated_end_to_end(trained):
     assert {sample["corpus"] for sample in results["samples"]} == {"summary", "completion"}
 
 
+def test_outputs_come_from_beams_and_the_mean_of_checkpoints_where_asked(trained):
+    wanted = {"beams": 3, "length_penalty": 1.0, "average_checkpoints": 2}
+    config = trained.config.model_copy(update={"evaluate": trained.config.evaluate.model_copy(update=wanted)})
+    storage, manifest = trained.storage, trained.manifest
+    before = stage.plan(trained.config, storage, manifest, "same")
+    assert {s.key for c in before for s in c.slices}.isdisjoint(
+        s.key for c in stage.plan(config, storage, manifest, "same") for s in c.slices
+    )
+    model = load_evaluator(EvaluatorTask(config, storage.url, RUN, 6))._model
+    for name, parameter in model._model.named_parameters():
+        both = (dict(each.named_parameters())[name] for each in (trained.model, trained.earlier))
+        torch.testing.assert_close(parameter, sum(both) / 2)
+    sources = [f"summarize: def item_{i}():\n    return {i}" for i in range(8)]
+    answers = [
+        ModelAnswers(model._model, model._tokenizer, each).answer("summary", [Generate(s) for s in sources], 6)
+        for each in (trained.config, config)
+    ]
+    greedy, found = ([answer["text"] for answer in each] for each in answers)
+    assert found != greedy
+    nll = [
+        sum(sum(a["nll"]) for a in model.answer("summary", list(map(LogLikelihood, sources, each)), 6))
+        for each in (greedy, found)
+    ]
+    assert nll[1] < nll[0], "beams find what is more likely than the greedy outputs"
+
+
 def test_facts_hold_the_targets_of_summaries(trained):
     facts = training_facts(trained.config, trained.storage, trained.manifest, 6)
     assert set(facts.targets) == {"summary"}
@@ -435,7 +469,7 @@ def test_a_damaged_checkpoint_is_refused(trained, tmp_path):
             relative = path.relative_to(trained.storage.local_path()).as_posix()
             content = path.read_bytes()
             storage.write_bytes(relative, content[:-1] + b"x" if path.suffix == ".safetensors" else content)
-    task = EvaluatorTask(trained.config, storage.url, RUN, trained.manifest.folder, 6)
+    task = EvaluatorTask(trained.config, storage.url, RUN, 6)
     with pytest.raises(commit.CheckpointError, match=r"rank-00000\.safetensors"):
         load_evaluator(task)
 

@@ -37,7 +37,7 @@ def exact_match(answer, attention, steps):
     random = torch.Generator().manual_seed(0)
     for step in range(1, steps + 1):
         for group in optimizer.param_groups:
-            group["lr"] = 64**-0.5 * min(step**-0.5, step * 300**-1.5)
+            group["lr"] = 2e-3 * min(step / 200, (steps - step) / (steps - 200))
         sources = texts(64, random)
         targets = [[*answer(source), EOS] for source in sources]
         labels, positions, segments = columns(targets)

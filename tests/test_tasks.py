@@ -1,5 +1,6 @@
 """Tasks, n-gram yardsticks and intervals, each against a literal reference or a case done by hand."""
 
+import dataclasses
 import math
 from collections import Counter
 
@@ -8,16 +9,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
+from sacrebleu.metrics import BLEU
 
 from configs.load import parse_config
 from data.held_out import HeldOut
-from jobs.intervals import mean_interval, ratio_interval
+from jobs.intervals import mean_interval, ratio_interval, statistic_interval
 from jobs.ngrams import count
 from jobs.tasks.base import Row, TrainingFacts
 from jobs.tasks.completion import Completion, compiles, program
 from jobs.tasks.likelihood import Likelihood, likelihood_metrics
 from jobs.tasks.registry import tasks_of
 from jobs.tasks.summary import Summary, best_constant, derangement, most_frequent, name_words, rouge_l
+from jobs.tasks.translation import Translation, bleu, statistics
 
 BOS = 1
 
@@ -259,3 +262,34 @@ def test_every_corpus_is_judged_by_likelihood_first():
     assert [task.name for task in tasks_of(corpora[0])] == ["likelihood"]
     python = corpora[0].model_copy(update={"kind": "python", "task": "summary"})
     assert [task.name for task in tasks_of(python)] == ["likelihood", "summary"]
+
+
+def test_bleu_of_summed_statistics_is_sacrebleu_of_the_corpus():
+    outputs = ["Ein Mann geht .", "zwei Hunde laufen schnell durch das hohe Gras", "", "Eine Frau: 3,5 m!"]
+    references = ["Ein Mann geht.", "Zwei Hunde laufen schnell durch das Gras.", "Ein Kind lacht.", "Eine Frau: 3,5 m!"]
+    for lowercase in (False, True):
+        sacre = BLEU(lowercase=lowercase)
+        wanted = sacre.corpus_score(outputs, [references]).score
+        assert bleu(statistics(outputs, references, lowercase).sum(axis=0)) == pytest.approx(wanted, abs=1e-9)
+        assert str(sacre.get_signature()).replace("case:lc", "case:mixed") in Translation.signature
+
+
+def test_translations_are_scored_against_references_and_beside_copies():
+    records = [HeldOut(i, f"a b c d {i}", f"w x y z {i}", {}) for i in range(5)]
+    task, whole = Translation(), config(bootstrap_rounds=100)
+    examples = task.examples(records, "translation", whole)
+    rows = [Row(i, ({"text": record.target if i else "w x", "tokens": 5},)) for i, record in enumerate(records)]
+    for metric in task.score(examples, rows, TrainingFacts(count([np.array([2, 3, 0])] * 4, 5, BOS)), "c", whole):
+        copied = metric.baselines[0]
+        assert copied.value < 10 < metric.low < metric.value < 100 and metric.high == pytest.approx(100)
+        assert copied.difference == pytest.approx(metric.value - copied.value) and copied.difference_low > 0
+
+
+def test_the_interval_of_a_statistic_is_that_of_its_records():
+    values, weights = np.random.default_rng(0).random(40), np.random.default_rng(1).random(40)
+    sums = np.stack([values, weights], axis=1)
+    wanted = ratio_interval(values, weights, 200, seed=3)
+    found = statistic_interval(sums, lambda s: s[0] / s[1], 200, seed=3)
+    assert dataclasses.astuple(found) == pytest.approx(dataclasses.astuple(wanted))
+    with pytest.raises(ValueError, match="no records"):
+        statistic_interval(np.empty((0, 2)), lambda s: s[0], 100, seed=0)

@@ -7,8 +7,9 @@ from jobs.tasks.base import Task
 from jobs.tasks.completion import Completion
 from jobs.tasks.likelihood import Likelihood
 from jobs.tasks.summary import Summary
+from jobs.tasks.translation import Translation
 
-TASKS: dict[str, Task] = {task.name: task for task in (Likelihood(), Summary(), Completion())}
+TASKS: dict[str, Task] = {task.name: task for task in (Likelihood(), Summary(), Completion(), Translation())}
 
 
 def tasks_of(corpus: CorpusSection) -> list[Task]:
