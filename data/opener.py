@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.storage import Storage
+from configs.schema import DataSection
 from data.eviction import NextUses
 from data.fetch import DamagedShard, Deadline, FetchTimeout
 from data.manifest import Manifest, ShardInfo
@@ -29,6 +30,22 @@ def cache_folder() -> str:
     """Where copies lie on this machine: TELAR_SHARD_CACHE, or a folder of this user below the temporary one."""
     default = str(Path(tempfile.gettempdir()) / f"telar-shards-{os.getuid()}")
     return os.environ.get("TELAR_SHARD_CACHE") or default
+
+
+def cache_advice(storage: Storage, manifest: Manifest, data: DataSection) -> str | None:
+    """What to set where the data are remote, larger than the cache, and a shard holds several blocks; else None.
+
+    Blocks are shuffled over the whole corpus, so an epoch returns to a shard about once for each of its blocks.
+    """
+    token_bytes = 2 if manifest.vocabulary_size <= 1 << 16 else 4
+    whole = sum(corpus.totals.source_tokens + corpus.totals.target_tokens for corpus in manifest.corpora) * token_bytes
+    if storage.is_local or whole <= data.cache_bytes or data.shard_rows <= data.block_rows:
+        return None
+    return (
+        f"the shards take {whole / 1e9:.1f} GB, the cache of a node {data.cache_bytes / 1e9:.1f} GB: a shard is fetched up "
+        f"to {-(-data.shard_rows // data.block_rows)} times in an epoch; raise data.cache_bytes, or set data.block_rows "
+        f"equal to data.shard_rows (now {data.block_rows} and {data.shard_rows}), so that it is fetched once"
+    )
 
 
 @dataclass(frozen=True)

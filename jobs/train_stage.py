@@ -14,6 +14,7 @@ from cluster.storage import Storage
 from configs.errors import RunStopped, TelarError
 from configs.schema import RunConfig
 from data.manifest import Manifest
+from data.opener import cache_advice
 from data.shard_server import start_servers, stop_servers
 from jobs.ledger import Ledger
 from jobs.loop import LoopEnd
@@ -99,6 +100,9 @@ class TrainStage:
         for message in damaged:
             self._ledger.event("checkpoint_damaged", detail=message)
             self._ledger.say(message)
+        advice = cache_advice(self._storage, self._manifest, config.data)
+        if advice is not None:
+            self._ledger.say(advice)
         label = f"{self._run}/attempt-{attempt}"
         start = self._start_step = latest.step if latest else 0
         self._ledger.event("attempt_started", attempt=attempt, world_size=world_size, from_step=start)

@@ -16,11 +16,12 @@ import pytest
 
 from cluster.storage import Storage
 from configs.errors import DataError
+from configs.schema import DataSection
 from data.fetch import Deadline, FetchTimeout
 from data.file_locks import exclusive, is_held
 from data.manifest import ShardInfo
 from data.open_shards import OpenShards
-from data.opener import plain_opener
+from data.opener import cache_advice, plain_opener
 from data.prefetch import Prefetcher
 from data.quarantine import Quarantine, QuarantinedShard, shards_named
 from tests.faulty_store import FaultyStore
@@ -482,3 +483,17 @@ def test_a_reader_of_more_shards_than_the_cache_holds_closes_maps_so_that_the_ca
             sizes.append(sum(file.stat().st_size for file in (tmp_path / "cache").glob("*.arrow")))
     assert max(sizes) <= limit
     assert opener.statistics()["evictions"] > 0
+
+
+def test_data_larger_than_the_cache_in_blocks_smaller_than_shards_get_advice(store):
+    remote, sizes = Storage(store.url), {"shard_rows": 40, "block_rows": 4, "cache_bytes": 1000}
+    corpora = [{"name": "c", "kind": "text", "path": "x", "target": "{text}"}]
+
+    def advice(storage=remote, **changed):
+        return cache_advice(storage, store.manifest, DataSection(corpora=corpora, **(sizes | changed)))
+
+    # 5 shards of 10 rows of 12 tokens of 2 bytes are 1,200 bytes.
+    assert "up to 10 times" in advice() and "data.block_rows" in advice() and "data.cache_bytes" in advice()
+    assert advice(cache_bytes=1200) is None
+    assert advice(block_rows=40) is None
+    assert advice(storage=store.storage) is None
