@@ -41,10 +41,11 @@ def cache_advice(storage: Storage, manifest: Manifest, data: DataSection) -> str
     whole = sum(corpus.totals.source_tokens + corpus.totals.target_tokens for corpus in manifest.corpora) * token_bytes
     if storage.is_local or whole <= data.cache_bytes or data.shard_rows <= data.block_rows:
         return None
+    times = -(-data.shard_rows // data.block_rows)
     return (
-        f"the shards take {whole / 1e9:.1f} GB, the cache of a node {data.cache_bytes / 1e9:.1f} GB: a shard is fetched up "
-        f"to {-(-data.shard_rows // data.block_rows)} times in an epoch; raise data.cache_bytes, or set data.block_rows "
-        f"equal to data.shard_rows (now {data.block_rows} and {data.shard_rows}), so that it is fetched once"
+        f"the shards take {whole / 1e9:.1f} GB, a node's cache {data.cache_bytes / 1e9:.1f} GB: a shard is fetched up to "
+        f"{times} times in an epoch; raise data.cache_bytes, or set data.block_rows equal to data.shard_rows (they are "
+        f"{data.block_rows} and {data.shard_rows}), so that it is fetched once while lanes x window_blocks shards fit"
     )
 
 

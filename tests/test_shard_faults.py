@@ -16,7 +16,7 @@ import pytest
 
 from cluster.storage import Storage
 from configs.errors import DataError
-from configs.schema import DataSection
+from configs.schema import CorpusSection, DataSection
 from data.fetch import Deadline, FetchTimeout
 from data.file_locks import exclusive, is_held
 from data.manifest import ShardInfo
@@ -487,7 +487,7 @@ def test_a_reader_of_more_shards_than_the_cache_holds_closes_maps_so_that_the_ca
 
 def test_data_larger_than_the_cache_in_blocks_smaller_than_shards_get_advice(store):
     remote, sizes = Storage(store.url), {"shard_rows": 40, "block_rows": 4, "cache_bytes": 1000}
-    corpora = [{"name": "c", "kind": "text", "path": "x", "target": "{text}"}]
+    corpora = (CorpusSection(name="c", kind="text", path="x", target="{text}"),)
 
     def advice(storage=remote, **changed):
         return cache_advice(storage, store.manifest, DataSection(corpora=corpora, **(sizes | changed)))
