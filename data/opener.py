@@ -43,8 +43,8 @@ def cache_advice(storage: Storage, manifest: Manifest, data: DataSection) -> str
         return None
     times = -(-data.shard_rows // data.block_rows)
     return (
-        f"the shards take {whole / 1e9:.1f} GB, a node's cache {data.cache_bytes / 1e9:.1f} GB: a shard is fetched up to "
-        f"{times} times in an epoch; raise data.cache_bytes, or set data.block_rows equal to data.shard_rows (they are "
+        f"the shards take {whole / 1e9:.1f} GB, a node's cache {data.cache_bytes / 1e9:.1f} GB: a shard is fetched up "
+        f"to {times} times in an epoch; raise data.cache_bytes, or set data.block_rows equal to data.shard_rows (now "
         f"{data.block_rows} and {data.shard_rows}), so that it is fetched once while lanes x window_blocks shards fit"
     )
 

@@ -59,7 +59,7 @@ class Bench:
         self.not_installed: dict[str, str] = {}
         self.runs: list[dict[str, Any]] = []
         self.versions: dict[str, dict[str, str]] = {}
-        self.cores = options.cores
+        self.cores, self.seconds = options.cores, options.seconds
         self.started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
     def install(self, loaders: list[str]) -> None:
@@ -153,10 +153,10 @@ class Bench:
             self.save()
 
     def _throughput(self, loader: str, repeat: int) -> None:
-        self.run(1, loader, repeat, "", "--seconds", str(SECONDS[self.scale][1]))
+        self.run(1, loader, repeat, "", "--seconds", str(self.seconds or SECONDS[self.scale][1]))
 
     def _slowdown(self, loader: str, repeat: int) -> None:
-        seconds = str(SECONDS[self.scale][2])
+        seconds = str(self.seconds or SECONDS[self.scale][2])
         self.run(2, loader, repeat, "", "--seconds", seconds)
         if loader in WITH_WORKERS:
             self.run(2, loader, repeat, "1 worker", "--seconds", seconds, "--workers", "1")
@@ -257,6 +257,7 @@ def main() -> None:
     parser.add_argument("--peers", default=",".join(name for name in LOADERS if name != "telar"))
     parser.add_argument("--without-telar", action="store_true", help="only the peers")
     parser.add_argument("--repeats", type=int, default=5, help="of workloads 1 to 4; the others count, once")
+    parser.add_argument("--seconds", type=float, help="of a measurement of workloads 1 and 2; default: by scale")
     parser.add_argument("--scale", choices=sorted(corpus.SCALES), default="small")
     parser.add_argument("--cores", default="", help="pin every measurement to these cores (taskset), e.g. 0")
     parser.add_argument("--envs", type=Path, default=Path("~/.cache/telar-bench"), help="environments and corpora")
