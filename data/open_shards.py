@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -24,11 +24,11 @@ _MASKED: Row = (_NO_TOKENS, _NO_LENGTHS, _NO_TOKENS, _NO_LENGTHS)
 
 
 class Block:
-    """Where the rows of one record batch lie. `full` lists starts and ends of labels in `tokens`, when each row is one
-    pair without a source.
+    """Where the rows of one record batch lie. `starts` lists those of labels in `tokens`, when each row is one pair of
+    `width` labels without a source; else `width` is 0.
     """
 
-    __slots__ = ("_bounds", "_numbers", "full", "tokens")
+    __slots__ = ("_bounds", "_numbers", "starts", "tokens", "width")
 
     def __init__(self, reader: ShardReader, first: int, rows: int) -> None:
         self.tokens, self._numbers = reader.tokens, reader.numbers
@@ -37,7 +37,9 @@ class Block:
         self._bounds = np.stack([starts, ends], axis=1).reshape(8, rows).T
         pairs, sources = ends[1] - starts[1], ends[0] - starts[0]
         # Lists of int are read three times as fast as arrays, one number at a time.
-        self.full = (starts[2].tolist(), ends[2].tolist()) if not sources.any() and (pairs == 1).all() else None
+        labels = ends[2] - starts[2]
+        alike = not sources.any() and (pairs == 1).all() and (labels == labels[0]).all()
+        self.starts, self.width = (starts[2].tolist(), int(labels[0])) if alike else ([], 0)
 
     def row(self, at: int) -> Row:
         """The row at place `at` of the record batch."""
@@ -48,7 +50,7 @@ class Block:
 class MaskedBlock:
     """Stands for a whole quarantined shard: rows without pairs."""
 
-    full = None
+    width = 0
 
     def row(self, at: int) -> Row:
         """A row without pairs."""
@@ -100,6 +102,22 @@ class OpenShards:
         number, at = divmod(row, opened.block_rows)
         block = opened.blocks.get(number)
         return (block if block is not None else self._parse(shard, opened, number)), at
+
+    def full_rows(self, shards: Sequence[int], rows: Sequence[int], width: int) -> list[np.ndarray] | None:
+        """The labels of rows that all are one pair of `width` labels without source, or None.
+
+        None, too, when such a row shares its record batch with others. `find` is written out: this is the innermost loop.
+        """
+        found, get = [], self._opened.get
+        for shard, row in zip(shards, rows, strict=True):
+            opened = get(shard) or self._masked.get(shard) or self._open(shard)
+            number = row // opened.block_rows
+            block = opened.blocks.get(number) or self._parse(shard, opened, number)
+            if block.width != width:
+                return None
+            start = block.starts[row - number * opened.block_rows]
+            found.append(block.tokens[start : start + width])
+        return found
 
     def lengths(self, shard: int, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Source tokens and label tokens of rows of a shard, int64 `[n]` each; raises QuarantinedShard too."""

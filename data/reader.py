@@ -92,18 +92,8 @@ class SampleReader:
         return block.row(at)
 
     def full_rows(self, shards: Sequence[int], rows: Sequence[int], width: int) -> list[np.ndarray] | None:
-        """The labels of rows that all are one pair of `width` labels without source; None when one of them is not."""
-        found, find = [], self._open.find
-        for shard, row in zip(shards, rows, strict=True):
-            block, at = find(shard, row)
-            if block.full is None:
-                return None
-            starts, ends = block.full
-            start, end = starts[at], ends[at]
-            if end - start != width:
-                return None
-            found.append(block.tokens[start:end])
-        return found
+        """The labels of rows that all are one pair of `width` labels without source; see `OpenShards.full_rows`."""
+        return self._open.full_rows(shards, rows, width)
 
     def steps(self, share: Share, step: int) -> Iterator[tuple[list[int], list[int]]]:
         """Where the samples lie that `share` reads in each step from `step` on, without end; see `Plan.steps`.
