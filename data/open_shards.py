@@ -106,7 +106,8 @@ class OpenShards:
     def full_rows(self, shards: Sequence[int], rows: Sequence[int], width: int) -> list[np.ndarray] | None:
         """The labels of rows that all are one pair of `width` labels without source, or None.
 
-        None, too, when such a row shares its record batch with others. `find` is written out: this is the innermost loop.
+        None, too, when such a row shares its record batch with others. `find` is written out here, as the
+        innermost loop of all.
         """
         found, get = [], self._opened.get
         for shard, row in zip(shards, rows, strict=True):
