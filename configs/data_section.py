@@ -143,6 +143,12 @@ class TokenizerSection(Section):
     """Byte-level byte-pair tokenizer trained on a sample of the mixture, or one loaded from a file."""
 
     path: str | None = Field(None, description="tokenizer.json to load (any fsspec URL); default: train one")
+    bos: str | None = Field(None, description="path: its token that begins a text; default: <bos>")
+    eos: str | None = Field(None, description="path: its token that ends a text; default: <eos>")
+    pad: str | None = Field(
+        None,
+        description="path: its token that fills rows; default: <pad>, added at the end where bos is given",
+    )
     kind: Literal["bpe", "unigram"] = Field("bpe", description="model that is trained: byte-pair or unigram")
     prefixes: tuple[str, ...] = Field(
         (),
@@ -153,6 +159,15 @@ class TokenizerSection(Section):
     )
     vocabulary_size: int = Field(2048, ge=300, le=2**31, description="entries, special tokens included")
     sample_bytes: PositiveInt = Field(8 * 2**20, description="text that the tokenizer is trained on, bytes")
+
+    @model_validator(mode="after")
+    def _names_are_of_a_file(self) -> TokenizerSection:
+        named = [name for name in ("bos", "eos", "pad") if getattr(self, name) is not None]
+        if named and self.path is None:
+            raise ValueError(f"{named[0]}: it names a token of a tokenizer that is loaded; give path, or remove it")
+        if (self.bos is None) != (self.eos is None):
+            raise ValueError("bos, eos: give both, or none of them")
+        return self
 
 
 class WeightChange(Section):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -60,6 +61,11 @@ class ModelSection(Section):
         description="xavier: uniform by fan-in and fan-out; normal: N(0, 0.02), projections onto the residual stream "
         "divided by sqrt(2 layers) (Radford et al. 2019)",
     )
+    init_from: str | None = Field(
+        None,
+        description="hf:DIR, a directory of transformers in Llama's layout (any fsspec URL) whose weights the run "
+        "starts from; sizes, kinds and tokenizer that are not given are taken from it",
+    )
     classes: PositiveInt = Field(2, description="encoder: classes that the head tells apart")
     pooling: Literal["mean", "first"] = Field("mean", description="encoder: what of a text's outputs is classified")
 
@@ -93,6 +99,12 @@ class ModelSection(Section):
                 f"attention_dropout: attention.kind {self.attention.kind!r} never has its weights at hand; set "
                 "attention_dropout to 0 or attention.kind to full"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _origin_has_a_kind(self) -> ModelSection:
+        if self.init_from is not None and not re.fullmatch("hf:.+", self.init_from):
+            raise ValueError(f"init_from: {self.init_from!r} must be hf:DIR, a directory of Hugging Face transformers")
         return self
 
     @property

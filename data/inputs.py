@@ -9,13 +9,13 @@ import fsspec
 import xxhash
 
 from configs.errors import DataError
-from configs.schema import CorpusSection, RunConfig
+from configs.schema import CorpusSection, RunConfig, TokenizerSection
 from data.extract import check_known_fields
 from data.files import SourceFile, list_files
 from data.manifest import FORMAT_VERSION
 from data.sources import has_content
 from data.templates import literal_start, where
-from data.tokenizer import Tokenizer
+from data.tokenizer import Tokenizer, with_our_names
 
 # Fields that decide how data is served, not what it is.
 OPERATIONAL = {
@@ -67,19 +67,25 @@ def digest_of(config: RunConfig, inputs: dict[Group, list[SourceFile]]) -> str:
             (file.relative, file.bytes, file.version, file.held_out) for file in inputs[group_of(corpus)]
         ]
     if config.data.tokenizer.path is not None:
-        section["tokenizer"] = {"digest": xxhash.xxh3_128_hexdigest(read_given_tokenizer(config.data.tokenizer.path))}
+        section["tokenizer"] = {"digest": xxhash.xxh3_128_hexdigest(read_given_tokenizer(config.data.tokenizer))}
     text = json.dumps([FORMAT_VERSION, section], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def read_given_tokenizer(path: str) -> bytes:
-    """Content of `data.tokenizer.path`; raises DataError when it is absent or no usable tokenizer."""
+def read_given_tokenizer(section: TokenizerSection) -> bytes:
+    """Content of `data.tokenizer.path` with our names for its special tokens.
+
+    Raises DataError when it is absent or no usable tokenizer.
+    """
+    origin = f"data.tokenizer.path: {section.path}"
     try:
-        with fsspec.open(path, "rb") as file:
+        with fsspec.open(section.path, "rb") as file:
             content = file.read()
     except OSError as error:
-        raise DataError(f"data.tokenizer.path: {path} cannot be read ({error}); correct the path") from error
-    Tokenizer.load(content, f"data.tokenizer.path: {path}")
+        raise DataError(f"{origin} cannot be read ({error}); correct the path") from error
+    if section.bos is not None and section.eos is not None:
+        content = with_our_names(content, section.bos, section.eos, section.pad, origin)
+    Tokenizer.load(content, origin)
     return content
 
 

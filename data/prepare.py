@@ -161,7 +161,7 @@ def _prepare(
         check_not_empty(corpus, counts[corpus.name], sum(chunk.records for chunk in chunks[corpus.name]))
 
     if config.data.tokenizer.path is not None:
-        inside.write_bytes(TOKENIZER, read_given_tokenizer(config.data.tokenizer.path))
+        inside.write_bytes(TOKENIZER, read_given_tokenizer(config.data.tokenizer))
     else:
         samples = tuple(_tokenizer_samples(config, chunks))
         run_tasks(train_tokenizer, [(TrainingTask(storage.url, folder, samples, config.data.tokenizer),)])

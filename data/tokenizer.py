@@ -102,16 +102,12 @@ class Tokenizer:
 
         Raises DataError, naming `origin`, when the file is no tokenizer or lacks a special token.
         """
-        try:
-            inner = tokenizers.Tokenizer.from_str(content.decode())
-        # The library raises plain Exception for every malformed file.
-        except Exception as error:
-            raise DataError(f"{origin}: no tokenizer.json of the tokenizers library ({error})") from error
+        inner = _parsed(content, origin)
         lacking = [token for token in SPECIAL_TOKENS if inner.token_to_id(token) is None]
         if lacking:
             raise DataError(
-                f"{origin}: the vocabulary lacks {', '.join(lacking)}; add {', '.join(SPECIAL_TOKENS)} as special "
-                "tokens, or leave data.tokenizer.path out to have one trained"
+                f"{origin}: the vocabulary lacks {', '.join(lacking)}; say in data.tokenizer.bos, eos and pad what "
+                "they are called there, or leave data.tokenizer.path out to have one trained"
             )
         return cls(inner)
 
@@ -142,6 +138,50 @@ class Tokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids, special tokens left out; bytes that are no UTF-8 become U+FFFD."""
         return self._inner.decode([int(token) for token in ids], skip_special_tokens=True)
+
+
+def with_our_names(content: bytes, bos: str, eos: str, pad: str | None, origin: str) -> bytes:
+    """A tokenizer.json whose special tokens of these names are `SPECIAL_TOKENS`, with the ids that they had.
+
+    Without `pad` a token is added for it behind the vocabulary. Raises DataError, naming `origin`, when there is no
+    such token.
+    """
+    inner = _parsed(content, origin)
+    names = {bos: "<bos>", eos: "<eos>"} | ({} if pad is None else {pad: "<pad>"})
+    lacking = [name for name in names if inner.token_to_id(name) is None]
+    if lacking or len(names) < 2 + (pad is not None):
+        raise DataError(
+            f"{origin}: the vocabulary has no {', '.join(lacking) or 'three tokens of these names'}; correct "
+            "data.tokenizer.bos, eos and pad"
+        )
+    tree = json.loads(content)
+    vocabulary = tree["model"]["vocab"]
+    if isinstance(vocabulary, dict):
+        tree["model"]["vocab"] = {names.get(piece, piece): number for piece, number in vocabulary.items()}
+    else:
+        tree["model"]["vocab"] = [[names.get(piece, piece), *rest] for piece, *rest in vocabulary]
+    added = {token["content"]: token for token in tree["added_tokens"]}
+    for old, new in names.items():
+        # What is no added token yet could come from text.
+        token = added.setdefault(
+            old, {"id": inner.token_to_id(old), "single_word": False, "lstrip": False, "rstrip": False}
+        )
+        token |= {"content": new, "special": True, "normalized": False}
+    tree["added_tokens"] = sorted(added.values(), key=lambda token: token["id"])
+    # It would put the old names around texts; here sequences get their special tokens when rows are made.
+    tree["post_processor"] = None
+    renamed = tokenizers.Tokenizer.from_str(json.dumps(tree))
+    if pad is None:
+        renamed.add_special_tokens([AddedToken("<pad>", normalized=False)])
+    return renamed.to_str().encode()
+
+
+def _parsed(content: bytes, origin: str) -> tokenizers.Tokenizer:
+    try:
+        return tokenizers.Tokenizer.from_str(content.decode())
+    # The library raises plain Exception for every malformed file.
+    except Exception as error:
+        raise DataError(f"{origin}: no tokenizer.json of the tokenizers library ({error})") from error
 
 
 def _scored_anew(inner: tokenizers.Tokenizer, alphabet: Sequence[str], texts: Iterable[str]) -> tokenizers.Tokenizer:

@@ -23,6 +23,7 @@ from data.state import check_state
 from jobs.batches import to_model
 from jobs.loop import Course, LoopEnd, StepRecord, train
 from jobs.machine import hardware, versions
+from jobs.pretrained import initial_parameters
 from model.batch import ModelBatch
 from model.checkpoint import CheckpointReader, snapshot, write_snapshot
 from model.engine import Engine, create_engine
@@ -141,12 +142,14 @@ def run_rank(
     checkpoints = storage.child(task.run, "checkpoints")
     log = start_log(storage.child(task.run), task.rank)
     logging.info("attempt %d rank %d of %d starts", task.attempt, task.rank, task.world_size)
-    engine = create_engine(config, manifest.vocabulary_size, manifest.pad_id)
+    fresh = task.resume_step is None
+    initial = initial_parameters(config.model, manifest.vocabulary_size, config.run.seed) if fresh else None
+    engine = create_engine(config, manifest.vocabulary_size, manifest.pad_id, initial)
     reporter = RankReporter(engine, task, manifest, messages)
     loader = None
     try:
         step, tokens = 0, 0
-        if task.resume_step is not None:
+        if not fresh:
             committed = commit.read_commit(checkpoints, task.resume_step)
             data_state = committed.manifest["data_state"]
             check_state(data_state, manifest, config)

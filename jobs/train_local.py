@@ -22,13 +22,14 @@ from typing import Any
 import torch
 
 from cluster import commit
-from cluster.storage import Storage, absolute_url
+from cluster.storage import Storage
 from configs.errors import ConfigError, TelarError
 from configs.load import load_config, to_yaml
 from configs.schema import RunConfig
 from data.manifest import Manifest
 from data.prepare import prepare
 from data.runners import serial
+from jobs.commands.paths import with_absolute_paths
 from jobs.ledger import Ledger
 from jobs.rank import Messages, RankReporter, RankTask, run_rank
 from jobs.trainable import check_trainable
@@ -173,20 +174,6 @@ def _drain(outbox: Any, ledger: Ledger, wait_seconds: float = 0.0) -> None:
             ledger.record_rank_file(*payload)
 
 
-def absolute(config: RunConfig, run: str, storage: Storage, folder: Path) -> RunConfig:
-    """The configuration with name and storage filled in and corpus paths, relative to `folder`, made absolute."""
-    corpora = tuple(
-        corpus.model_copy(update={"path": absolute_url(corpus.path, base=str(folder))})
-        for corpus in config.data.corpora
-    )
-    return config.model_copy(
-        update={
-            "run": config.run.model_copy(update={"name": run, "storage": storage.url}),
-            "data": config.data.model_copy(update={"corpora": corpora}),
-        }
-    )
-
-
 def main() -> int:
     """Parse, prepare, train."""
     parser = argparse.ArgumentParser(prog="python -m jobs.train_local", description=__doc__)
@@ -195,10 +182,11 @@ def main() -> int:
     parser.add_argument("--resume", action="store_true", help="continue the run of that name from its last commit")
     arguments = parser.parse_args()
     config = load_config(arguments.config, arguments.overrides)
-    check_trainable(config)
     storage = Storage(config.run.storage)
     run = config.run.name or f"{Path(arguments.config).stem}-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}"
-    config = absolute(config, run, storage, Path(arguments.config).absolute().parent)
+    named = config.run.model_copy(update={"name": run, "storage": storage.url})
+    config = with_absolute_paths(config.model_copy(update={"run": named}), arguments.config, check=True)
+    check_trainable(config)
     if run == "data":
         raise ConfigError("run.name: 'data' is where prepared data lies in every storage; choose another name")
     if storage.exists(f"{run}/config.yaml") and not arguments.resume:

@@ -12,7 +12,7 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from types import ModuleType
@@ -119,8 +119,10 @@ def preload() -> None:
     import safetensors.torch  # noqa: F401
 
 
-def create_engine(config: RunConfig, vocabulary_size: int, pad_id: int) -> Engine:
-    """Join the process group and build this rank's engine, the model initialised from the run's seed.
+def create_engine(
+    config: RunConfig, vocabulary_size: int, pad_id: int, initial: Mapping[str, torch.Tensor] | None = None
+) -> Engine:
+    """Join the process group and build this rank's engine, the model from the run's seed or from `initial` parameters.
 
     Expects RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT in the environment. Padding is known by segment
     0, so `pad_id` decides nothing. On CPU, DS_ACCELERATOR=cpu is set unless DeepSpeed was imported before.
@@ -153,6 +155,8 @@ def create_engine(config: RunConfig, vocabulary_size: int, pad_id: int) -> Engin
         _number_from_zero()
         train = config.train
         module = build_model(config.model, vocabulary_size, config.run.seed, train.label_smoothing, train.z_loss)
+        if initial is not None:
+            module.load(initial)
         module = module.to(device)
         optimizer = build_optimizer(module, config.optimizer)
         engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=deepspeed_config(config))

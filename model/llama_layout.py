@@ -23,11 +23,10 @@ LLAMA = {
 LLAMA_ENDS = {"embedding": "model.embed_tokens", "decoder_end.norm": "model.norm", "head": "lm_head"}
 
 
-def import_llama(config: Mapping[str, Any], read: Callable[[str], Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The way in: fields of the model section, and parameters by our names, of a directory in Llama's layout.
+def llama_section(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of the model section for a directory in Llama's layout, of its config.json.
 
-    `config` is its config.json, `read` gives a tensor by its name there. Raises ConfigError for what our model does
-    not compute: scaled rotary positions, biases, another activation.
+    Raises ConfigError for what our model does not compute: scaled rotary positions, biases, another activation.
     """
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
@@ -47,8 +46,7 @@ def import_llama(config: Mapping[str, Any], read: Callable[[str], Tensor]) -> tu
             raise ConfigError(
                 f"model.init_from: config.json has {field} = {found!r}; this model computes with {needed!r}"
             )
-    tied = bool(config.get("tie_word_embeddings", False))
-    section = {
+    return {
         "architecture": "decoder",
         "d_model": config["hidden_size"],
         "heads": config["num_attention_heads"],
@@ -63,8 +61,17 @@ def import_llama(config: Mapping[str, Any], read: Callable[[str], Tensor]) -> tu
         "feed_forward": "swiglu",
         "bias": False,
         "scale_embeddings": False,
-        "tie_embeddings": tied,
+        "tie_embeddings": bool(config.get("tie_word_embeddings", False)),
     }
+
+
+def import_llama(config: Mapping[str, Any], read: Callable[[str], Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The way in: `llama_section` of config.json, and parameters by our names; `read` gives a tensor by its name there.
+
+    Raises ConfigError for what our model does not compute.
+    """
+    section = llama_section(config)
+    tied = section["tie_embeddings"]
     parameters = {
         f"{ours}.weight": read(f"{theirs}.weight") for ours, theirs in LLAMA_ENDS.items() if ours != "head" or not tied
     }

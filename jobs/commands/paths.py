@@ -15,11 +15,15 @@ from configs.schema import RunConfig
 
 
 def with_absolute_paths(config: RunConfig, file: str, check: bool) -> RunConfig:
-    """`config`, read from `file`, with absolute paths of corpora and tokenizer.
+    """`config`, read from `file`, with absolute paths of corpora and tokenizer, and what `model.init_from` says.
 
     With `check` raises ConfigError when a local one does not exist; the machines of another cluster may have it.
     """
     folder = str(Path(file).absolute().parent)
+    if config.model.init_from is not None:
+        from jobs.pretrained import with_pretrained
+
+        config = with_pretrained(config, folder)
     tree = json.loads(config.model_dump_json())
     for corpus in tree["data"]["corpora"]:
         # A Hub name has a scheme and stays; what an hf corpus holds out is a split, not a path.
