@@ -21,6 +21,8 @@ from data.shard_cache import DEFAULT_TIMEOUT_SECONDS, Held, ShardCache, Turn
 
 DEFAULT_CACHE_BYTES = 16 * 2**30
 DEFAULT_QUARANTINE_FRACTION = 0.001
+# What a reader may have open of the cache: several ranks share it, and shards are fetched ahead besides.
+LEASED_SHARE = 0.25
 # Readers keep that many shards open; a lease beyond belongs to a map that is gone, or soon will be.
 LEASES = 256
 NUMBERS = itertools.count()
@@ -41,11 +43,13 @@ def cache_advice(storage: Storage, manifest: Manifest, data: DataSection) -> str
     whole = sum(corpus.totals.source_tokens + corpus.totals.target_tokens for corpus in manifest.corpora) * token_bytes
     if storage.is_local or whole <= data.cache_bytes or data.shard_rows <= data.block_rows:
         return None
-    times = -(-data.shard_rows // data.block_rows)
+    shards = sum(len(corpus.shards) for corpus in manifest.corpora)
+    times, fit = -(-data.shard_rows // data.block_rows), max(1, LEASED_SHARE * data.cache_bytes * shards // whole)
     return (
         f"the shards take {whole / 1e9:.1f} GB, a node's cache {data.cache_bytes / 1e9:.1f} GB: a shard is fetched up "
-        f"to {times} times in an epoch; raise data.cache_bytes, or set data.block_rows equal to data.shard_rows (now "
-        f"{data.block_rows} and {data.shard_rows}), so that it is fetched once while lanes x window_blocks shards fit"
+        f"to {times} times in an epoch. Raise data.cache_bytes; or have each fetched about once: data.block_rows equal "
+        f"to data.shard_rows (now {data.block_rows} and {data.shard_rows}), and data.lanes x data.window_blocks (now "
+        f"{data.lanes} x {data.window_blocks}), the shards in use at one time, at most {fit:.0f}"
     )
 
 
@@ -132,9 +136,9 @@ class CacheOpener:
     def lease_bytes(self) -> int | None:
         """How many bytes of shards a reader should have open at most: what is open cannot be evicted.
 
-        A quarter of the cache, as several ranks share it; None where storage is local and nothing is cached.
+        None where storage is local and nothing is cached.
         """
-        return None if self._cache.is_local else self._settings.cache_bytes // 4
+        return None if self._cache.is_local else int(LEASED_SHARE * self._settings.cache_bytes)
 
     def release(self, shard: ShardInfo) -> None:
         """The map of this shard is closed: its copy may be evicted. A shard that is not open is fine."""

@@ -52,12 +52,12 @@ def uses_cuda() -> bool:
     return torch is not None and torch.cuda.is_initialized()
 
 
-def token_tensors(count: int, batch: int, width: int) -> list[tuple[Tensor, list[np.ndarray]]]:
-    """`count` int64 tensors `[batch, width]`, each with its rows as arrays: NumPy casts as it copies, in one pass."""
+def token_tensors(count: int, batch: int, width: int) -> list[tuple[Tensor, list[np.ndarray], np.ndarray]]:
+    """`count` int64 tensors `[batch, width]`, each with its rows as arrays, and flat: NumPy casts as it copies."""
     import torch
 
     tensors = torch.empty(count, batch, width, dtype=torch.int64)
-    return [(tensor, list(tensor.numpy())) for tensor in tensors]
+    return [(tensor, list(tensor.numpy()), tensor.numpy().reshape(-1)) for tensor in tensors]
 
 
 class Ring:

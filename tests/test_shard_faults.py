@@ -493,7 +493,12 @@ def test_data_larger_than_the_cache_in_blocks_smaller_than_shards_get_advice(sto
         return cache_advice(storage, store.manifest, DataSection(corpora=corpora, **(sizes | changed)))
 
     # 5 shards of 10 rows of 12 tokens of 2 bytes are 1,200 bytes.
-    assert "up to 10 times" in advice() and "data.block_rows" in advice() and "data.cache_bytes" in advice()
+    assert (
+        "up to 10 times" in advice()
+        and "at most 1" in advice()
+        and "data.block_rows" in advice()
+        and "data.cache_bytes" in advice()
+    )
     assert advice(cache_bytes=1200) is None
     assert advice(block_rows=40) is None
     assert advice(storage=store.storage) is None

@@ -168,7 +168,9 @@ class Telar(Peer):
         storage = Storage(remote.url)
         manifest = Manifest.read(storage, f"data/{DIGEST}")
         corpus = manifest.corpora[0]
-        config = make_config(manifest.target_capacity, view, [corpus.name])
+        # What the run's own advice says of data that are larger than the cache (`data.opener.cache_advice`).
+        by_shards = {"block_rows": corpus.rows // len(corpus.shards), "lanes": 1, "window_blocks": 1}
+        config = make_config(manifest.target_capacity, view, [corpus.name], **by_shards)
         # One shard of these few is far more than the 0.1% of tokens that may be masked by default.
         settings = CacheSettings(
             remote.url,
