@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 
 from pydantic import Field, model_validator
 
 from configs.section import NAME_PATTERN, Fraction, PositiveInt, Section
+
+# A target that is a picture.
+IMAGE_TARGET = re.compile(r"\{image:([^{}]+)\}")
 
 
 class CorpusSection(Section):
@@ -66,7 +70,7 @@ class CorpusSection(Section):
         description="template of the encoder's text, in layout sequence of the prompt; empty with "
         "`continuation: true`, or where texts have no prompt",
     )
-    target: str = Field(description="template of the text to predict")
+    target: str = Field(description="template of the text to predict, or {image:COLUMN} for a column of pictures")
     continuation: bool = Field(
         False,
         description="true: plain prose; layout pairs cuts the target text in two and the first part becomes the "
@@ -84,6 +88,20 @@ class CorpusSection(Section):
     task: Literal["likelihood", "summary", "completion", "translation"] = Field(
         "likelihood", description="how held-out records are evaluated, besides their likelihood"
     )
+
+    @property
+    def image_column(self) -> str | None:
+        """The column of pictures that are the target, `{image:COLUMN}`; None for a corpus of texts."""
+        match = IMAGE_TARGET.fullmatch(self.target)
+        return match[1] if match else None
+
+    @model_validator(mode="after")
+    def _pictures_come_from_tables(self) -> CorpusSection:
+        if self.image_column is not None and self.kind not in ("parquet", "arrow", "hf"):
+            raise ValueError(f"target: {self.target!r} needs a column of pictures; kind must be parquet, arrow or hf")
+        if self.image_column is not None and (self.continuation or not self.source):
+            raise ValueError(f"target: {self.target!r} needs a source template (the caption), and no continuation")
+        return self
 
     @model_validator(mode="after")
     def _templates_fit(self) -> CorpusSection:

@@ -10,6 +10,7 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from configs.data_section import CorpusSection, DataSection, TokenizerSection, WeightChange
+from configs.images_section import ImagesSection
 from configs.model_section import AttentionSection, ModelSection
 from configs.section import NAME_PATTERN, Fraction, PositiveInt, Section
 
@@ -171,6 +172,7 @@ class RunConfig(Section):
     run: RunSection = Field(default_factory=RunSection)
     cluster: ClusterSection = Field(default_factory=ClusterSection)
     data: DataSection
+    images: ImagesSection | None = Field(None, description="how pictures become tokens; None: there are none")
     model: ModelSection = Field(default_factory=ModelSection)
     parallelism: ParallelismSection = Field(default_factory=ParallelismSection)
     optimizer: OptimizerSection = Field(default_factory=OptimizerSection)
@@ -179,6 +181,28 @@ class RunConfig(Section):
     elastic: ElasticSection = Field(default_factory=ElasticSection)
     evaluate: EvaluateSection = Field(default_factory=EvaluateSection)
     tracking: TrackingSection = Field(default_factory=TrackingSection)
+
+    @model_validator(mode="after")
+    def _pictures_fit(self) -> RunConfig:
+        with_pictures = [corpus.name for corpus in self.data.corpora if corpus.image_column is not None]
+        if self.images is None:
+            if with_pictures:
+                raise ValueError(f"images: corpus {with_pictures[0]!r} has pictures as targets; add a section images")
+            return self
+        if not with_pictures:
+            raise ValueError("images: no corpus has a target {image:COLUMN}; add one, or remove the section")
+        codes, tokens = self.data.tokenizer.image_codes, self.images.tokens
+        if codes != self.images.codes and self.data.tokenizer.path is None:
+            raise ValueError(
+                f"data.tokenizer.image_codes: {codes} ids are reserved, the codebook has {self.images.codes} entries; "
+                f"set data.tokenizer.image_codes to {self.images.codes}"
+            )
+        if tokens + 1 > self.data.target_tokens:
+            raise ValueError(
+                f"data.target_tokens: a picture of {tokens} tokens and its end do not fit into "
+                f"{self.data.target_tokens}; set data.target_tokens to {tokens + 1} or more, or raise images.halvings"
+            )
+        return self
 
     @model_validator(mode="after")
     def _checkpoints_are_kept(self) -> RunConfig:

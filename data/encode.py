@@ -37,6 +37,8 @@ class EncodeTask:
     prefix: str | None
     shard_rows: int
     block_rows: int
+    # Targets are image codes as text.
+    pictures: bool = False
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ def encode(task: EncodeTask) -> Encoded:
             return done
     tokenizer = Tokenizer.load(storage.read_bytes(TOKENIZER))
     counts: Counter[str] = Counter()
-    texts = _tokenized(storage, task.chunk, tokenizer, task.prefix)
+    texts = _tokenized(storage, task.chunk, tokenizer, task.prefix, task.pictures)
     rows = rows_of(texts, task.form, tokenizer.eos_id, _seed(task.chunk.path), counts)
     shards: list[ShardInfo] = []
     for some in _groups(rows, task.shard_rows):
@@ -80,10 +82,13 @@ def encode(task: EncodeTask) -> Encoded:
     return result
 
 
-def _tokenized(storage: Storage, chunk: Chunk, tokenizer: Tokenizer, prefix: str | None) -> Iterator[Pair]:
+def _tokenized(
+    storage: Storage, chunk: Chunk, tokenizer: Tokenizer, prefix: str | None, pictures: bool
+) -> Iterator[Pair]:
     """Source and target tokens of each record of a chunk, tokenized a batch at a time."""
+    encode_targets = tokenizer.encode_codes if pictures else tokenizer.encode_batch
     for sources, targets in batches(open_chunk(storage, chunk), ENCODE_RECORDS, ENCODE_BYTES):
-        yield from zip(tokenizer.encode_batch(sources, prefix), tokenizer.encode_batch(targets), strict=True)
+        yield from zip(tokenizer.encode_batch(sources, prefix), encode_targets(targets), strict=True)
 
 
 def _groups(rows: Iterator[Row], size: int) -> Iterator[list[Row]]:

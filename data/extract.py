@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -24,13 +24,16 @@ from data.files import SourceFile
 from data.held_out import HeldOutWriter, is_held_out_record, record_row
 from data.manifest import ShardInfo
 from data.sources import known_fields, read_records
-from data.templates import PairTemplate, where
+from data.templates import PairTemplate, image_field, where
 
 # Characters of a chunk, and of a record batch in it, which is what is held in memory; neither may follow the
 # configured memory, for shards are made of chunks and their bytes must not depend on it.
 CHUNK_CHARACTERS = 16 * 2**20
 FLUSH_CHARACTERS = 2**20
 TEXTS = pa.schema([pa.field("source", pa.large_string(), False), pa.field("target", pa.large_string(), False)])
+
+
+EncodeImage = Callable[[bytes], Sequence[int] | None]
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,8 @@ class ExtractTask:
     record_fraction: float
     # None in layout sequence, see `PairTemplate`.
     source_tokens: int | None
+    # Makes codes of a picture's bytes, None of what is no picture; needed where corpora have pictures.
+    encode_image: EncodeImage | None = None
 
 
 @dataclass(frozen=True)
@@ -93,6 +98,7 @@ def extract(task: ExtractTask) -> Extracted:
     shared: Counter[str] = Counter()
     reader = task.corpora[0]
     fields, key = known_fields(reader), reader.held_out_key
+    pictures = sorted({corpus.image_column for corpus in task.corpora if corpus.image_column is not None})
     with ExitStack() as files:
         writers = {name: files.enter_context(_ChunkWriter(storage, name, task.part)) for name in templates}
         held_out = {
@@ -101,11 +107,13 @@ def extract(task: ExtractTask) -> Extracted:
         }
         for file in task.files:
             shared["files"] += 1
-            for number, record in enumerate(read_records(reader, file, shared), 1):
+            for number, record in enumerate(read_records(reader, file, shared, pictures), 1):
                 origin = f"{file.url} (record {number})"
                 if key is not None and key not in record:
                     raise _lacks_key(reader, record, origin)
                 keep = file.held_out or is_held_out_record(record, task.record_fraction, key)
+                if pictures:
+                    _encode_pictures(record, pictures, task.encode_image)
                 for name, template in templates.items():
                     if fields is None:
                         template.check(record.keys(), origin)
@@ -128,6 +136,16 @@ def extract(task: ExtractTask) -> Extracted:
         )
     storage.write_text(receipt, result.to_json())
     return result
+
+
+def _encode_pictures(record: dict[str, Any], columns: Sequence[str], encode_image: EncodeImage | None) -> None:
+    """Replace pictures by their codes as text; one that cannot be decoded leaves an empty target."""
+    assert encode_image is not None, "pictures need a codebook"
+    for column in columns:
+        picture = record.pop(column, None)
+        if picture is not None:
+            codes = encode_image(picture) if picture else None
+            record[image_field(column)] = "" if codes is None else " ".join(map(str, codes))
 
 
 class _ChunkWriter:

@@ -68,7 +68,9 @@ def digest_of(config: RunConfig, inputs: dict[Group, list[SourceFile]]) -> str:
         ]
     if config.data.tokenizer.path is not None:
         section["tokenizer"] = {"digest": xxhash.xxh3_128_hexdigest(read_given_tokenizer(config.data.tokenizer))}
-    text = json.dumps([FORMAT_VERSION, section], sort_keys=True)
+    # A codebook follows from its section, the seed and the pictures.
+    images = [] if config.images is None else [config.images.model_dump(mode="json"), config.run.seed]
+    text = json.dumps([FORMAT_VERSION, section, *images], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 

@@ -19,7 +19,7 @@ from configs.schema import RunConfig
 from data.duplicates import digest as digest_of_pair
 from data.duplicates import drop_duplicates
 from data.encode import TOKENIZER, Encoded, EncodeTask, encode
-from data.extract import Chunk, Extracted, ExtractTask, check_not_empty, extract
+from data.extract import Chunk, EncodeImage, Extracted, ExtractTask, check_not_empty, extract
 from data.files import SourceFile
 from data.held_out import HeldOutWriter, held_out_files, iterate_rows
 from data.inputs import Group, data_digest, digest_of, group_of, list_inputs, read_given_tokenizer
@@ -36,10 +36,17 @@ LEAST_PART_BYTES, MOST_PART_BYTES, PARTS = 4 * 2**20, 64 * 2**20, 64
 STOP_SECONDS = 1.0
 
 
-def prepare(config: RunConfig, storage: Storage, run_tasks: Runner, report: Callable[[str], None]) -> Manifest:
+def prepare(
+    config: RunConfig,
+    storage: Storage,
+    run_tasks: Runner,
+    report: Callable[[str], None],
+    encode_image: EncodeImage | None = None,
+) -> Manifest:
     """Prepare the data of `config` below `storage`, or find it prepared (then nothing is reported).
 
-    Raises DataError naming the corpus field and the file when an input cannot be used.
+    `encode_image` makes codes of pictures where corpora have some; it travels to tasks. Raises DataError naming the
+    corpus field and the file when an input cannot be used.
     """
     inputs = list_inputs(config)
     digest = digest_of(config, inputs)
@@ -48,7 +55,7 @@ def prepare(config: RunConfig, storage: Storage, run_tasks: Runner, report: Call
     if found is not None:
         return found
     try:
-        return _prepare(config, storage, run_tasks, report, inputs, digest)
+        return _prepare(config, storage, run_tasks, report, inputs, digest, encode_image)
     except DataError:
         # Input that cannot be used stays so until it changes, and then it has another digest: nothing to go on from.
         storage.remove(folder)
@@ -126,9 +133,10 @@ def _prepare(
     report: Callable[[str], None],
     inputs: dict[Group, list[SourceFile]],
     digest: str,
+    encode_image: EncodeImage | None,
 ) -> Manifest:
     folder = folder_of(digest)
-    tasks = _extract_tasks(config, storage, folder, inputs)
+    tasks = [replace(task, encode_image=encode_image) for task in extract_tasks(config, storage, folder, inputs)]
     size = sum(file.bytes for files in inputs.values() for file in files)
     report(
         f"preparing {folder}: {sum(map(len, inputs.values()))} files, {size / 1e6:.1f} MB, {len(tasks)} reading tasks"
@@ -160,12 +168,18 @@ def _prepare(
             counts[corpus.name].update({**removed, "duplicate records held out": repeated})
         check_not_empty(corpus, counts[corpus.name], sum(chunk.records for chunk in chunks[corpus.name]))
 
+    pictures = tuple(corpus.name for corpus in config.data.corpora if corpus.image_column is not None)
     if config.data.tokenizer.path is not None:
         inside.write_bytes(TOKENIZER, read_given_tokenizer(config.data.tokenizer))
     else:
         samples = tuple(_tokenizer_samples(config, chunks))
-        run_tasks(train_tokenizer, [(TrainingTask(storage.url, folder, samples, config.data.tokenizer),)])
+        run_tasks(train_tokenizer, [(TrainingTask(storage.url, folder, samples, config.data.tokenizer, pictures),)])
     tokenizer = Tokenizer.load(inside.read_bytes(TOKENIZER))
+    if config.images is not None and len(tokenizer.image_codes) != config.images.codes:
+        raise DataError(
+            f"data.tokenizer.path: {config.data.tokenizer.path} has {len(tokenizer.image_codes)} tokens <image_N>, the "
+            f"codebook has {config.images.codes} entries; set images.codes, or take another tokenizer"
+        )
     report(f"tokenizer: {tokenizer.vocabulary_size} entries, digest {tokenizer.digest}")
 
     encode_tasks = [
@@ -184,6 +198,7 @@ def _prepare(
             tokenizer.prefix_of(literal_start(corpus)),
             config.data.shard_rows,
             config.data.block_rows,
+            corpus.name in pictures,
         )
         for corpus in config.data.corpora
         for number, chunk in enumerate(chunks[corpus.name])
@@ -239,9 +254,10 @@ def _remove_orphans(inside: Storage, manifest: Manifest) -> None:
                 inside.remove(f"{folder}/{name}")
 
 
-def _extract_tasks(
+def extract_tasks(
     config: RunConfig, storage: Storage, folder: str, inputs: dict[Group, list[SourceFile]]
 ) -> list[ExtractTask]:
+    """The inputs in parts, each file told whether it is held out."""
     tasks: list[ExtractTask] = []
     for group, files in inputs.items():
         corpora = tuple(corpus for corpus in config.data.corpora if group_of(corpus) == group)

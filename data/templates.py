@@ -23,6 +23,11 @@ def where(corpus: CorpusSection, field: str) -> str:
     return f"data.corpora[{corpus.name}].{field}"
 
 
+def image_field(column: str) -> str:
+    """Field of a record that holds a picture's codes as text, `12 7 200 ...`, row by row."""
+    return f"image:{column}"
+
+
 class Template:
     """One parsed template: literal text and field names in braces; `{{` and `}}` stand for braces."""
 
@@ -36,6 +41,10 @@ class Template:
                 f"{self._where}: {text!r} is no template ({error}); write field names in single braces and literal "
                 "braces twice"
             ) from error
+        pictures = corpus.image_column is not None and field == "target"
+        if pictures:
+            # One field, named as it is written, whose value extraction makes of the picture.
+            parts = [("", image_field(corpus.image_column), "", None)]
         self._parts = [(literal, name) for literal, name, _, _ in parts]
         for _, name, spec, conversion in parts:
             if name is not None and (not name or spec or conversion):

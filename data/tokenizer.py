@@ -25,7 +25,7 @@ from data.unigram import scores_of
 
 # How prefixes are spelled as special tokens, and image codes.
 PREFIX = "<task>"
-IMAGE = re.compile(r"<image_\d+>")
+IMAGE = re.compile(r"<image_(\d+)>")
 # 256 bytes, the special tokens and something to learn.
 LEAST_LEARNED = 270
 SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>")
@@ -47,7 +47,8 @@ class Tokenizer:
         self.prefixes = {
             token.content.removeprefix(PREFIX): number for number, token in added if token.content.startswith(PREFIX)
         }
-        self.image_codes = [number for number, token in sorted(added) if IMAGE.fullmatch(token.content)]
+        codes = {int(match[1]): number for number, token in added if (match := IMAGE.fullmatch(token.content))}
+        self.image_codes = [codes[code] for code in sorted(codes)]
         self.digest = xxhash.xxh3_128_hexdigest(self.to_bytes())
 
     @classmethod
@@ -130,6 +131,16 @@ class Tokenizer:
         assert all(text.startswith(prefix) for text in texts)
         first = np.array([self.prefixes[prefix]], dtype=np.int32)
         return [np.concatenate([first, ids]) for ids in self.encode_batch([text[len(prefix) :] for text in texts])]
+
+    def encode_codes(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Ids of image codes written as text, `12 7 200 ...`; int32 `[tokens]` each."""
+        ids = np.array(self.image_codes, dtype=np.int32)
+        return [ids[np.array(text.split(), dtype=np.int64)] for text in texts]
+
+    def decode_codes(self, ids: Sequence[int]) -> list[int]:
+        """Image codes of ids; those that are none are left out."""
+        numbers = {token: code for code, token in enumerate(self.image_codes)}
+        return [numbers[int(token)] for token in ids if int(token) in numbers]
 
     def prefix_of(self, text: str) -> str | None:
         """The longest of `prefixes` that `text` begins with."""

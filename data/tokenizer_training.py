@@ -26,6 +26,8 @@ class TrainingTask:
     folder: str
     samples: tuple[tuple[Chunk, int], ...]
     tokenizer: TokenizerSection
+    # Corpora whose targets are image codes, which are no text.
+    pictures: tuple[str, ...] = ()
 
 
 def train_tokenizer(task: TrainingTask) -> None:
@@ -33,14 +35,18 @@ def train_tokenizer(task: TrainingTask) -> None:
     storage = Storage(task.storage_url).child(task.folder)
     if storage.exists(TOKENIZER):
         return
-    texts = [text for chunk, characters in task.samples for text in sampled(storage, chunk, characters)]
+    texts = [
+        text
+        for chunk, characters in task.samples
+        for text in sampled(storage, chunk, characters, chunk.corpus not in task.pictures)
+    ]
     section = task.tokenizer
     tokenizer = Tokenizer.train(texts, section.vocabulary_size, section.kind, section.prefixes, section.image_codes)
     storage.write_bytes(TOKENIZER, tokenizer.to_bytes())
 
 
-def sampled(storage: Storage, chunk: Chunk, characters: int) -> Iterator[str]:
-    """Sources and targets of records of a chunk in an order that its path decides, until there are `characters`."""
+def sampled(storage: Storage, chunk: Chunk, characters: int, targets: bool = True) -> Iterator[str]:
+    """Sources (and `targets`) of records of a chunk in an order that its path decides, until there are `characters`."""
     table = open_chunk(storage, chunk)
     seed = xxhash.xxh3_64_intdigest(chunk.path.encode())
     order = np.random.Generator(np.random.PCG64(seed)).permutation(table.num_rows)
@@ -50,5 +56,6 @@ def sampled(storage: Storage, chunk: Chunk, characters: int) -> Iterator[str]:
             if characters <= 0:
                 return
             yield source
-            yield target
+            if targets:
+                yield target
             characters -= len(source) + len(target)

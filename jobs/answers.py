@@ -59,18 +59,20 @@ class ModelAnswers:
 
     def answer(self, corpus: str, requests: Sequence[Request], max_new_tokens: int) -> list[dict[str, Any]]:
         """One answer per request in order, of the forms that `jobs.tasks.base` gives."""
-        keep_head = keeps_head(self._corpora[corpus])
-        prefix = self._tokenizer.prefix_of(literal_start(self._corpora[corpus]))
+        section = self._corpora[corpus]
+        keep_head, pictures = keeps_head(section), section.image_column is not None
+        prefix = self._tokenizer.prefix_of(literal_start(section))
         answers: dict[int, dict[str, Any]] = {}
         writing = [i for i, request in enumerate(requests) if isinstance(request, Generate)]
         scoring = [i for i, request in enumerate(requests) if isinstance(request, LogLikelihood)]
+        scored = [requests[i] for i in scoring]
         sources = [requests[i].source for i in writing]
-        answers.update(zip(writing, self._generate(sources, prefix, keep_head, max_new_tokens), strict=True))
-        answers.update(zip(scoring, self._score([requests[i] for i in scoring], prefix, keep_head), strict=True))
+        answers.update(zip(writing, self._generate(sources, prefix, keep_head, max_new_tokens, pictures), strict=True))
+        answers.update(zip(scoring, self._score(scored, prefix, keep_head, pictures), strict=True))
         return [answers[i] for i in range(len(requests))]
 
     def _generate(
-        self, sources: Sequence[str], prefix: str | None, keep_head: bool, max_new_tokens: int
+        self, sources: Sequence[str], prefix: str | None, keep_head: bool, max_new_tokens: int, pictures: bool
     ) -> list[dict[str, Any]]:
         tokenizer, data = self._tokenizer, self._data
         encoded = [
@@ -82,7 +84,7 @@ class ModelAnswers:
         outputs = self._outputs([ids.tolist() for ids in encoded], max_new_tokens)
         return [
             {
-                "text": tokenizer.decode(output),
+                "text": self._text(output, pictures),
                 "tokens": len(output),
                 "ended": bool(output) and output[-1] == tokenizer.eos_id,
             }
@@ -97,9 +99,16 @@ class ModelAnswers:
         found = beam_search(self._model, sources, bos, eos, max_new_tokens, beams, alpha)
         return [hypotheses[0].tokens if hypotheses else [] for hypotheses in found]
 
-    def _score(self, requests: Sequence[LogLikelihood], prefix: str | None, keep_head: bool) -> list[dict[str, Any]]:
+    def _text(self, ids: Sequence[int], pictures: bool) -> str:
+        """The text of ids, or a picture's codes as text."""
+        return " ".join(map(str, self._tokenizer.decode_codes(ids))) if pictures else self._tokenizer.decode(ids)
+
+    def _score(
+        self, requests: Sequence[LogLikelihood], prefix: str | None, keep_head: bool, pictures: bool
+    ) -> list[dict[str, Any]]:
         sources = self._encode([request.source for request in requests], prefix)
-        targets = self._encode([request.target for request in requests])
+        written = [request.target for request in requests]
+        targets = self._tokenizer.encode_codes(written) if pictures else self._encode(written)
         data, eos = self._data, self._tokenizer.eos_id
         cut = [
             (
@@ -120,7 +129,7 @@ class ModelAnswers:
                     "pieces": [len(label) for _, label in pairs],
                     "nll": np.concatenate([nll for nll, _ in found]).tolist(),
                     "correct": (np.concatenate([best for _, best in found]) == labels).tolist(),
-                    "bytes": len(self._tokenizer.decode(labels).encode()),
+                    "bytes": len(self._text(labels, pictures).encode()),
                 }
             )
         return answers

@@ -15,7 +15,7 @@ from typing import Any
 
 import click
 
-from configs.errors import TelarError
+from configs.errors import ConfigError, TelarError
 
 STAGE_NAMES = ("prepare", "train", "evaluate", "report")
 
@@ -273,12 +273,14 @@ def report(run: str, storage: str | None, as_json: bool) -> None:
 @click.option("--seed", type=int, default=0, show_default=True, help="Of what is drawn.")
 @click.option("--step", type=click.IntRange(min=1), help="A committed step; default: the latest.")
 @click.option("--average", type=click.IntRange(min=1), default=1, help="Average the last K checkpoints.")
+@click.option("--out", type=click.Path(dir_okay=False), help="PNG to write, for a run that makes pictures of texts.")
 @storage
 @as_json
 def generate(
     run: str,
     text: tuple[str, ...],
     max_new_tokens: int,
+    out: str | None,
     step: int | None,
     average: int,
     storage: str | None,
@@ -290,6 +292,13 @@ def generate(
 
     place = runs.locate(run, storage)
     sources = list(text) or [line.rstrip("\n") for line in sys.stdin]
+    if out is not None:
+        if len(sources) != 1:
+            raise ConfigError(f"--out: one TEXT makes one picture, {len(sources)} were given")
+        made = generating.generate_picture(place, sources[0], out, generating.Choice(**choice), step, average)
+        text = f"{made['file']}: {made['side']} x {made['side']} pixels of {len(made['codes'])} codes"
+        _print(as_json, {"run": place.name, **made}, text)
+        return
     alone = len(sources) == 1 and not as_json and choice["beams"] is None
     write = _writer(to_stderr=False) if alone else None
     outputs = generating.generate_texts(

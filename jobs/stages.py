@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from typing import Any
@@ -13,8 +12,10 @@ from configs.errors import ConfigError, RunStopped
 from configs.schema import RunConfig
 from data.manifest import Manifest
 from data.prepare import prepare, ray_tasks
+from jobs.codebook import ensure_codebook
 from jobs.evaluate import evaluate, is_done
 from jobs.ledger import Ledger, duration
+from jobs.references import references, write_references
 from jobs.report import write_report
 from jobs.train_stage import TrainStage
 
@@ -65,10 +66,7 @@ class Stages:
     def _data(self) -> Manifest:
         """The manifest that the run refers to; raises ConfigError when the prepare stage has not run."""
         if self._manifest is None:
-            try:
-                folder = json.loads(self._ledger.folder.read_text("manifest.json"))["data"]
-            except FileNotFoundError as error:
-                raise ConfigError(f"run {self._run} has no prepared data yet; run --stage prepare first") from error
+            folder = references(self._ledger.folder)["data"]
             self._manifest = Manifest.read(self._storage, folder)
         return self._manifest
 
@@ -89,14 +87,9 @@ class Stages:
             self._say(line)
 
         runner = ray_tasks(self._config.data.prepare_tasks, self._stop_requested)
-        manifest = prepare(self._config, self._storage, runner, report)
-        refers = {
-            "data": manifest.folder,
-            "digest": manifest.digest,
-            "tokenizer_digest": manifest.tokenizer_digest,
-            "vocabulary_size": manifest.vocabulary_size,
-        }
-        self._ledger.folder.write_text("manifest.json", json.dumps(refers, indent=1))
+        encode_image = ensure_codebook(self._config, self._storage, runner, report)
+        manifest = prepare(self._config, self._storage, runner, report, encode_image)
+        write_references(self._ledger.folder, manifest, encode_image.folder if encode_image is not None else None)
         self._manifest = manifest
         return not prepared
 

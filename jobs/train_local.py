@@ -29,9 +29,11 @@ from configs.schema import RunConfig
 from data.manifest import Manifest
 from data.prepare import prepare
 from data.runners import serial
+from jobs.codebook import ensure_codebook
 from jobs.commands.paths import with_absolute_paths
 from jobs.ledger import Ledger
 from jobs.rank import Messages, RankReporter, RankTask, run_rank
+from jobs.references import write_references
 from jobs.trainable import check_trainable
 from model.operators import operator_environment, prepare_operators
 
@@ -96,7 +98,9 @@ def _die_with_parent() -> None:
 def train_locally(config: RunConfig, storage: Storage, run: str) -> int:
     """Prepare and train; returns the exit code (0 finished, 1 a rank failed)."""
     ledger = Ledger(storage, run, config)
-    manifest = prepare(config, storage, serial, print)
+    encode_image = ensure_codebook(config, storage, serial, print)
+    manifest = prepare(config, storage, serial, print, encode_image)
+    write_references(storage.child(run), manifest, encode_image.folder if encode_image is not None else None)
     operators = prepare_operators()
     print(operators.message)
     latest, damaged = commit.latest(ledger.checkpoints)

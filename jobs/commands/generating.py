@@ -98,6 +98,51 @@ def generate_texts(
     ]
 
 
+def generate_picture(
+    place: RunPlace, source: str, file: str, choice: Choice, step: int | None = None, average: int = 1
+) -> dict[str, Any]:
+    """Write the picture that the run's model makes of a caption as PNG to `file`; its codes, row by row.
+
+    Only image codes can be chosen, as many as a picture has. Raises ConfigError for a run without pictures, an empty
+    source, and beam search.
+    """
+    import torch
+
+    from data.packing import fit_source
+    from jobs.codebook import load_codebook
+    from jobs.loading import load_trained
+    from jobs.pixels import write_png
+    from jobs.references import references
+    from model.generation import Sampling, generate, most_probable
+
+    choice.check()
+    config = place.config()
+    if config.images is None:
+        raise ConfigError(f"--out: {place.url} was trained on texts alone (it has no section images); leave --out away")
+    if choice.beams is not None:
+        raise ConfigError("--beams: pictures are drawn token by token; leave --beams away, or --out")
+    if not source.strip():
+        raise ConfigError("TEXT is empty; a picture needs a caption")
+    trained = load_trained(place.storage, place.name, config, step, average)
+    tokenizer, codes = trained.tokenizer, torch.tensor(trained.tokenizer.image_codes)
+    codebook = load_codebook(place.storage, references(place.storage.child(place.name))["codebook"])
+    choose = most_probable
+    if choice.temperature is not None or choice.top_k or choice.top_p < 1.0:
+        choose = Sampling(choice.temperature or 1.0, choice.top_k, choice.top_p, choice.seed)
+
+    def choose_code(logits: torch.Tensor, rows: Sequence[int], at: int) -> torch.Tensor:
+        return codes[choose(logits[:, codes], rows, at)]
+
+    encodes = config.model.architecture == "encoder_decoder"
+    tokens = codebook.shape.tokens
+    capacity = config.data.source_tokens if encodes else config.data.target_tokens - tokens - 1
+    ids = fit_source(tokenizer.encode_batch([source], tokenizer.prefix_of(source))[0], capacity).tolist()
+    (output,) = generate(trained.model, [ids], tokenizer.bos_id, [], tokens, choose_code)
+    found = torch.tensor([tokenizer.decode_codes(output)])
+    write_png(codebook.decode(found)[0], file)
+    return {"file": file, "codes": found[0].tolist(), "side": codebook.shape.side, "steps": list(trained.steps)}
+
+
 class Growing:
     """Text that grows by tokens, handed on as soon as its characters are whole."""
 
