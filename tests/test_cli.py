@@ -72,17 +72,13 @@ def refused(folder, code, *patterns, arguments=("submit", "tiny.yaml"), **variab
     return done
 
 
-def test_help_is_fast_and_imports_neither_torch_nor_ray(project):
+def test_help_imports_nothing_that_is_slow(project):
     command = [sys.executable, "-X", "importtime", "-m", "jobs.cli", "--help"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    subprocess.run(command, cwd=project, env=environment, capture_output=True, check=True)
-    started = time.perf_counter()
-    plain = subprocess.run([sys.executable, "-m", "jobs.cli", "--help"], cwd=project, env=environment, check=True,
-                           capture_output=True, text=True)  # fmt: skip
-    assert time.perf_counter() - started < 0.5 and "submit" in plain.stdout
     done = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True, check=True)
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time")}
-    assert "click" in imported and not {"torch", "ray", "deepspeed", "numpy"} & imported
+    assert "submit" in done.stdout
+    assert "click" in imported and not {"torch", "ray", "deepspeed", "numpy", "pydantic", "fsspec"} & imported
 
 
 @pytest.mark.parametrize(
