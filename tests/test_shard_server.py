@@ -12,6 +12,7 @@ import pytest
 
 from cluster.storage import Storage
 from configs.errors import DataError
+from configs.load import parse_config
 from data.coordinator import Directory, Source
 from data.fetch import Deadline
 from data.prepare import prepare, ray_tasks
@@ -19,9 +20,11 @@ from data.quarantine import QuarantinedShard
 from data.runners import serial
 from data.shard_server import ServerOpener, shard_opener, start_servers, stop_servers
 from data.shards import ShardReader, write_shard
+from jobs.codebook import ensure_codebook
 from tests.faulty_store import FaultyStore
 from tests.shard_data import delivered, fill
 from tests.test_data_prepare import files_below, make_config, write_code
+from tests.test_text_to_image import tree, write_squares
 
 
 @pytest.mark.parametrize("vocabulary_size", [100, 1 << 16, (1 << 16) + 1])
@@ -104,6 +107,20 @@ def test_ray_tasks_prepare_the_same_bytes_and_pass_on_errors(tmp_path, ray_clust
     (tmp_path / "code" / "module_3.py").write_bytes(b"x = '\xff'")
     with pytest.raises(DataError, match=r"data\.corpora\[code\]\.path: .*module_3\.py is not UTF-8 \(byte 5\)"):
         prepare(config, Storage(str(tmp_path / "c")), ray_tasks(2), lambda line: None)
+
+
+@pytest.mark.ray
+def test_ray_tasks_train_the_codebook_and_write_the_same_pictures(tmp_path, ray_cluster):
+    write_squares(tmp_path)
+    sections = tree(tmp_path)
+    sections["images"]["steps"] = 5
+    config, stores = parse_config(sections, "test"), []
+    for name, runner in (("a", serial), ("b", ray_tasks(2))):
+        stores.append(Storage(str(tmp_path / name)))
+        encode_image = ensure_codebook(config, stores[-1], runner, lambda line: None)
+        prepare(config, stores[-1], runner, lambda line: None, encode_image)
+    one, other = map(files_below, stores)
+    assert one == other and any("codebooks" in file for file in one)
 
 
 class Two:

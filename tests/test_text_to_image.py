@@ -71,9 +71,7 @@ def png(colour, shade):
     return file.getvalue()
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pictures")
+def write_squares(folder):
     rows = [
         {"caption": f"a {name} square {shade}", "picture": png(colour, shade)}
         for name, colour in COLOURS.items()
@@ -81,6 +79,12 @@ def trained(tmp_path_factory):
     ]
     rows.append({"caption": "a broken one", "picture": b"no picture"})
     pq.write_table(pa.Table.from_pylist(rows), folder / "squares.parquet")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pictures")
+    write_squares(folder)
     (folder / "demo.yaml").write_text(yaml.safe_dump(tree(folder)))
     done = subprocess.run(
         [sys.executable, "-m", "jobs.train_local", "demo.yaml"],
