@@ -26,7 +26,7 @@ from data.runners import serial
 from data.shard_server import plain_opener
 from data.tokenizer import Tokenizer
 from jobs import evaluate as stage
-from jobs.answers import EvaluatorTask, ModelAnswers, load_evaluator
+from jobs.answers import EvaluatorTask, load_evaluator
 from jobs.evaluator import Evaluator
 from jobs.fan_out import RayRunner, SerialRunner
 from jobs.ngrams import count
@@ -361,13 +361,8 @@ def trained(request, tmp_path_factory):
     config = parse_config(tree, "test")
     storage = Storage(config.run.storage)
     manifest = prepare(config, storage, serial, lambda line: None)
-    checkpoints, belongs = (
-        storage.child(RUN, "checkpoints"),
-        {
-            "data_digest": manifest.digest,
-            "tokenizer_digest": manifest.tokenizer_digest,
-        },
-    )
+    checkpoints = storage.child(RUN, "checkpoints")
+    belongs = {"data_digest": manifest.digest, "tokenizer_digest": manifest.tokenizer_digest}
     models = {step: build_model(config.model, manifest.vocabulary_size, seed=3 + step).eval() for step in (4, 6)}
     for step, model in models.items():
         pieces = [
@@ -427,32 +422,6 @@ def test_a_checkpoint_is_evaluated_end_to_end(trained):
         loader.close()
     assert results["training_tokens_counted"] == trained_on, "n-grams count the very tokens that were trained on"
     assert {sample["corpus"] for sample in results["samples"]} == {"summary", "completion"}
-
-
-def test_outputs_come_from_beams_and_the_mean_of_checkpoints_where_asked(trained):
-    wanted = {"beams": 3, "length_penalty": 1.0, "average_checkpoints": 2}
-    config = trained.config.model_copy(update={"evaluate": trained.config.evaluate.model_copy(update=wanted)})
-    storage, manifest = trained.storage, trained.manifest
-    before = stage.plan(trained.config, storage, manifest, "same")
-    assert {s.key for c in before for s in c.slices}.isdisjoint(
-        s.key for c in stage.plan(config, storage, manifest, "same") for s in c.slices
-    )
-    model = load_evaluator(EvaluatorTask(config, storage.url, RUN, 6))._model
-    for name, parameter in model._model.named_parameters():
-        both = (dict(each.named_parameters())[name] for each in (trained.model, trained.earlier))
-        torch.testing.assert_close(parameter, sum(both) / 2)
-    sources = [f"summarize: def item_{i}():\n    return {i}" for i in range(8)]
-    answers = [
-        ModelAnswers(model._model, model._tokenizer, each).answer("summary", [Generate(s) for s in sources], 6)
-        for each in (trained.config, config)
-    ]
-    greedy, found = ([answer["text"] for answer in each] for each in answers)
-    assert found != greedy
-    nll = [
-        sum(sum(a["nll"]) for a in model.answer("summary", list(map(LogLikelihood, sources, each)), 6))
-        for each in (greedy, found)
-    ]
-    assert nll[1] < nll[0], "beams find what is more likely than the greedy outputs"
 
 
 def test_facts_hold_the_targets_of_summaries(trained):
