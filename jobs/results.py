@@ -150,7 +150,7 @@ def table_lines(results: Sequence[dict[str, Any]]) -> list[str]:
     """One line per metric with interval, count and baselines, and one per cell without a figure."""
     lines = []
     for cell in results:
-        title = f"{cell['corpus']:<12} {cell['task']:<10}"
+        title = f"{cell['corpus']:<12} {cell['task']:<11}"
         if cell["status"] != "ok":
             lines.append(f"{title} {cell['status']}: {cell['detail']}")
         for metric in cell["metrics"]:
