@@ -188,8 +188,10 @@ def _curves(steps: Sequence[dict[str, Any]], restarts: Sequence[dict[str, Any]])
 def _evaluation(results: dict[str, Any] | None) -> str:
     if results is None:
         return '<h2>Evaluation</h2><div class="card notice">This run has not been evaluated.</div>'
+    steps = results["settings"].get("averaged_steps", [])
+    made_of = f", mean of {len(steps)} checkpoints from step {steps[0]:,}" if len(steps) > 1 else ""
     note = (
-        f"checkpoint of step {results['step']:,}, {results['records']:,} records, "
+        f"checkpoint of step {results['step']:,}{made_of}, {results['records']:,} records, "
         f"{results['evaluators']} evaluators, {span(results['seconds'])}"
     )
     legend = (
@@ -206,9 +208,11 @@ def _evaluation(results: dict[str, Any] | None) -> str:
 
 def _samples(results: dict[str, Any] | None) -> str:
     samples = (results or {}).get("samples", [])
-    if not samples:
+    if results is None or not samples:
         return ""
-    return f"<h2>Samples <small>{len(samples)} held-out records, greedy outputs</small></h2>{sample_cards(samples)}"
+    decoding = escape(results["settings"]["decoding"])
+    title = f"<h2>Samples <small>{len(samples)} held-out records, outputs by {decoding}</small></h2>"
+    return title + sample_cards(samples)
 
 
 def _checkpoints(checkpoints: Sequence[dict[str, Any]]) -> str:

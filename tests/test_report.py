@@ -88,6 +88,7 @@ def results():
         "records": 64,
         "seconds": 12.0,
         "evaluators": 2,
+        "settings": {"decoding": "greedy"},
         "versions": {"rouge-score": "0.1.2"},
         "hardware": {"processor": "A <processor>", "logical_cores": 2, "memory_bytes": 2**33, "gpus": []},
         "finished_unix": 1.7e9 + 50,
