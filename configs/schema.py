@@ -67,11 +67,19 @@ class ParallelismSection(Section):
 
 
 class OptimizerSection(Section):
-    """Adam after section 5.3 of Vaswani et al. 2017, or AdamW when weight_decay is set."""
+    """Adam after section 5.3 of Vaswani et al. 2017, AdamW when weight_decay is set, or Muon beside AdamW."""
 
+    name: Literal["adam", "muon"] = Field(
+        "adam",
+        description="muon (Jordan 2024): orthogonalised momentum for the matrices of hidden layers, AdamW for the "
+        "rest; rates are as for AdamW",
+    )
     betas: tuple[float, float] = Field((0.9, 0.98), description="decay rates of the two moments")
     eps: float = Field(1e-9, gt=0.0, description="added to the denominator")
-    weight_decay: float = Field(0.0, ge=0.0, description="decoupled weight decay of matrices, per step")
+    momentum: float = Field(0.95, ge=0.0, lt=1.0, description="muon: decay rate of the mean of gradients")
+    weight_decay: float = Field(
+        0.0, ge=0.0, description="decoupled decay of matrices, times the rate per step; embeddings have none"
+    )
     schedule: Literal["noam", "cosine", "wsd", "constant"] = Field(
         "noam",
         description="noam: equation 3 of the paper; all others climb linearly first: cosine falls along half a cosine, "

@@ -144,6 +144,11 @@ class CheckpointReader:
 
         Raises CheckpointError when the checkpoint does not hold all of them.
         """
+        if name in self._shapes and (name, state) not in self._ranges:
+            raise CheckpointError(
+                f"{self.committed.folder}: no {state} of {name!r}; it was trained with another optimizer.name: "
+                "set that one, or start a new run"
+            )
         result, filled = torch.empty(numel, dtype=torch.float32), 0
         for piece in self._ranges.get((name, state), ()):
             low, high = max(start, piece.start), min(start + numel, piece.start + piece.numel)

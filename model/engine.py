@@ -25,6 +25,8 @@ from configs.errors import CapacityError, TelarError
 from configs.schema import RunConfig
 from model.batch import ModelBatch
 from model.deepspeed_config import deepspeed_config
+from model.fragments import muon_pieces
+from model.muon import MuonAdamW
 from model.operators import load_or_switch_off
 from model.optimizer import build_optimizer
 from model.transformer import Transformer, build_model
@@ -161,7 +163,10 @@ def create_engine(
         optimizer = build_optimizer(module, config.optimizer)
         engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=deepspeed_config(config))
     logging.info("engine on %s, shared-memory operator %s", device, "loaded" if used else "off: going without it")
-    return Engine(module, engine, device)
+    result = Engine(module, engine, device)
+    if isinstance(optimizer, MuonAdamW):
+        optimizer.lay_out(muon_pieces(result))
+    return result
 
 
 def _import_deepspeed() -> ModuleType:

@@ -1,21 +1,24 @@
 """Fragments of training state straight out of DeepSpeed's own maps, and back into them at any rank count and stage.
 
-A fragment is a range of one parameter's flattened float32 state: its master weight or one of Adam's moments. Every
-element of every parameter lies on exactly one rank (ZeRO 1, 2 and 3 alike), so the fragments of all ranks together
-are the whole state, whatever the topology was.
+A fragment is a range of one parameter's flattened float32 state: its master weight, one of Adam's moments or Muon's
+momentum. Every element of every parameter lies on exactly one rank (ZeRO 1, 2 and 3 alike), so the fragments of all
+ranks together are the whole state, whatever the topology was.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
 from cluster.commit import CheckpointError
-from model.engine import Engine
+from model.muon import MOMENTUM, Piece
+
+if TYPE_CHECKING:
+    from model.engine import Engine
 
 WEIGHT, MOMENTS = "fp32", ("exp_avg", "exp_avg_sq")
 STATES = (WEIGHT, *MOMENTS)
@@ -25,7 +28,8 @@ STATES = (WEIGHT, *MOMENTS)
 class Fragment:
     """Elements `start .. start + tensor.numel()` of the flattened parameter `name` of full shape `shape`.
 
-    `state` is "fp32" (master weight), "exp_avg" or "exp_avg_sq"; `tensor` is a flat view of live state.
+    `state` is "fp32" (master weight), "exp_avg" or "exp_avg_sq", for Muon's matrices "momentum_buffer" in place of
+    these two; `tensor` is a flat view of live state.
     """
 
     name: str
@@ -56,7 +60,10 @@ class Reader(Protocol):
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a parameter's local range lies: flat partition, offset in it, elements, offset in the full parameter."""
+    """Where a parameter's local range lies: flat partition, offset in it, elements, offset in the full parameter.
+
+    Without a local range `numel` is 0; `partition` is then the one where it would lie.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -70,12 +77,15 @@ def fragments(engine: Engine) -> list[Fragment]:
     """What this rank owns, in the order of the model's parameters. Views: copy them before the next step."""
     optimizer = engine.deepspeed.optimizer
     partitions = _partitions(optimizer)
-    for partition in partitions:
-        _moments(optimizer, partition, step=0)
+    for number in range(len(partitions)):
+        _moments(optimizer, number, step=0)
     found = []
     for place in _places(engine):
+        if not place.numel:
+            continue
         flat = partitions[place.partition]
-        sources = {WEIGHT: flat.data, **{state: optimizer.optimizer.state[flat][state] for state in MOMENTS}}
+        moments = optimizer.optimizer.state[flat]
+        sources = {WEIGHT: flat.data, **{name: moments[name] for name in _moment_names(optimizer, place.partition)}}
         for state, source in sources.items():
             piece = source.narrow(0, place.offset, place.numel)
             found.append(Fragment(place.name, state, place.shape, place.start, piece))
@@ -89,8 +99,8 @@ def restore(engine: Engine, reader: Reader) -> None:
     """
     _check_shapes(engine, reader.shapes())
     optimizer = engine.deepspeed.optimizer
-    for partition in _partitions(optimizer):
-        _moments(optimizer, partition, reader.step)
+    for number in range(len(_partitions(optimizer))):
+        _moments(optimizer, number, reader.step)
     for piece in fragments(engine):
         piece.tensor.copy_(reader.read(piece.name, piece.state, piece.start, piece.tensor.numel()))
     if _stage(engine) == 3:
@@ -117,27 +127,53 @@ def _partitions(optimizer: Any) -> list[Tensor]:
     raise AssertionError(f"DeepSpeed's {type(optimizer).__name__} keeps its master weights in a place not known here")
 
 
-def _moments(optimizer: Any, partition: Tensor, step: int) -> None:
-    """Give a partition Adam's state as Adam would on its first step; with `step` > 0 the count is set to it."""
+def muon_pieces(engine: Engine) -> dict[Tensor, list[Piece]]:
+    """What each of this rank's partitions holds of the matrices that Muon orthogonalises."""
+    optimizer = engine.deepspeed.optimizer
+    partitions = _partitions(optimizer)
+    found: dict[Tensor, list[Piece]] = {}
+    for place in _places(engine):
+        if MOMENTUM in _moment_names(optimizer, place.partition):
+            piece = Piece(place.shape, place.offset, place.numel, place.start)
+            found.setdefault(partitions[place.partition], []).append(piece)
+    return found
+
+
+def _moment_names(optimizer: Any, partition: int) -> tuple[str, ...]:
+    """States of the optimizer that go with a partition's weights."""
+    # ZeRO-3 cuts parameter groups into sub-groups.
+    group = getattr(optimizer, "sub_group_to_group_id", {}).get(partition, partition)
+    return (MOMENTUM,) if optimizer.optimizer.param_groups[group].get("muon") else MOMENTS
+
+
+def _moments(optimizer: Any, number: int, step: int) -> None:
+    """Give a partition the optimizer's state as on its first step; with `step` > 0 Adam's count is set to it."""
+    partition, names = _partitions(optimizer)[number], _moment_names(optimizer, number)
     state = optimizer.optimizer.state[partition]
     if not state:
-        state["step"] = torch.zeros((), dtype=torch.float32, device=partition.device)
-        for name in MOMENTS:
+        if names == MOMENTS:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=partition.device)
+        for name in names:
             state[name] = torch.zeros_like(partition.data)
-    if step:
+    if step and names == MOMENTS:
         state["step"].fill_(float(step))
 
 
 def _places(engine: Engine) -> Iterator[_Place]:
+    """Every parameter in the model's order, which is the same on all ranks."""
     optimizer = engine.deepspeed.optimizer
+    if _stage(engine) < 3:
+        trained = getattr(optimizer, "bit16_groups", None) or optimizer.bf16_groups
+        group_of = {id(parameter): number for number, group in enumerate(trained) for parameter in group}
     for name, parameter in engine.module.named_parameters():
         if _stage(engine) == 3:
             group, offset, per_rank = optimizer.grad_position[optimizer.get_param_id(parameter)]
             start = per_rank * engine.rank
-            numel = min(per_rank, parameter.ds_numel - start)
-            if numel > 0:
-                yield _Place(name, tuple(parameter.ds_shape), group, offset, numel, start)
-        elif parameter._hp_mapping is not None:
+            numel = max(0, min(per_rank, parameter.ds_numel - start))
+            yield _Place(name, tuple(parameter.ds_shape), group, offset, numel, start if numel else 0)
+        elif parameter._hp_mapping is None:
+            yield _Place(name, tuple(parameter.shape), group_of[id(parameter)], 0, 0, 0)
+        else:
             mapping = parameter._hp_mapping
             place, source = mapping.hp_fragment_address, mapping.lp_fragment_address
             yield _Place(

@@ -102,18 +102,22 @@ def train_with_engine(config, count, rank_stops_at=None):
         engine.close()
 
 
-def train_plainly(config, count):
-    """No DeepSpeed: the whole global batch in one process, torch's AdamW and torch's clipping."""
+def plain_adamw(model, section):
+    rest = [p for p in model.parameters() if p.ndim == 1 or p is model.embedding.weight]
+    decay = [p for p in model.parameters() if all(p is not other for other in rest)]
+    return torch.optim.AdamW(
+        [{"params": decay, "weight_decay": section.weight_decay}, {"params": rest, "weight_decay": 0.0}],
+        lr=RATE,
+        betas=section.betas,
+        eps=section.eps,
+    )
+
+
+def train_plainly(config, count, make_optimizer=plain_adamw):
+    """No DeepSpeed: the whole global batch in one process, torch's optimizer and torch's clipping."""
     smoothing = config.train.label_smoothing
     model = build_model(config.model, VOCABULARY, config.run.seed)
-    decay = [p for p in model.parameters() if p.ndim > 1]
-    rest = [p for p in model.parameters() if p.ndim == 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": decay, "weight_decay": config.optimizer.weight_decay}, {"params": rest, "weight_decay": 0.0}],
-        lr=RATE,
-        betas=config.optimizer.betas,
-        eps=config.optimizer.eps,
-    )
+    optimizer = make_optimizer(model, config.optimizer)
     history = []
     for step in range(1, STEPS + 1):
         batches = [make_batch(i, step).trimmed() for i in range(count)]
@@ -136,7 +140,11 @@ def train_plainly(config, count):
 
 
 def assert_equal_training(config, results, parameters, count):
-    history, expected = train_plainly(config, count)
+    assert_equal_to(train_plainly(config, count), results, parameters)
+
+
+def assert_equal_to(plain, results, parameters):
+    history, expected = plain
     for result, (loss, norm, tokens) in zip(results, history, strict=True):
         assert result.loss == pytest.approx(loss, abs=1e-5)
         assert result.grad_norm == pytest.approx(norm, abs=1e-5)
