@@ -176,6 +176,13 @@ def test_senseless_requests_are_refused(trained, arguments, message, tmp_path):
         (lambda t: t["data"]["corpora"][0].update(kind="jsonl"), "kind must be parquet, arrow or hf"),
         (lambda t: t["data"]["corpora"][0].update(source=""), "needs a source template"),
         (lambda t: t["data"]["corpora"][0].update(target="{caption}"), "no corpus has a target {image:COLUMN}"),
+        (lambda t: t["data"].update(layout="sequence", target_tokens=17), "set data.target_tokens to 18 or more"),
+        (lambda t: t["data"].update(layout="sequence", packing="chunk"), "data.packing: chunk would cut pictures"),
+        (lambda t: t["data"]["corpora"][0].update(target="a {image:picture}"), "target: 'a {image:picture}' has a pic"),
+        (lambda t: t["data"]["corpora"][0].update(source="{image:picture}"), "source: '{image:picture}' has a pic"),
+        (lambda t: t["data"]["corpora"][0].update(task="translation"), "task: translation compares texts"),
+        (lambda t: t["data"]["corpora"][0].update(target_characters=[1, 9]), "target_characters: a picture has no"),
+        (lambda t: t["data"]["corpora"][0].update(held_out_key="picture"), "held_out_key: 'picture' is the picture"),
     ],
 )
 def test_configurations_that_do_not_fit_are_refused_by_name(tmp_path, change, message):
