@@ -56,7 +56,7 @@ def tree(folder):
             "target_tokens": 24,
             "held_out_fraction": 0.2,
         },
-        "images": {"side": SIDE, "halvings": 2, "codes": 16, "width": 16, "steps": 150, "batch": 16},
+        "images": {"side": SIDE, "halvings": 2, "codes": 16, "width": 16, "steps": 300, "batch": 16},
         "model": {"d_model": 32, "heads": 2, "d_ff": 64, "encoder_layers": 1, "decoder_layers": 1, "dropout": 0.0},
         "optimizer": {"schedule": "constant", "learning_rate": 0.005, "warmup_steps": 20},
         "train": {"steps": 150, "global_batch_sequences": 16, "micro_batch_sequences": 16, "label_smoothing": 0.0},
@@ -148,7 +148,7 @@ def test_held_out_pictures_are_scored_and_made_in_evaluation(trained):
     codes = answers.answer("squares", [Generate(red)], 17)[0]["text"]
     assert len(codes.split()) == 16
     own, other = answers.answer("squares", [LogLikelihood(red, codes), LogLikelihood(blue, codes)], 17)
-    assert len(own["labels"]) == 17 and sum(own["nll"]) < sum(other["nll"]) and own["bytes"] == len(codes)
+    assert len(own["labels"]) == 17 and sum(own["nll"]) < sum(other["nll"]) and own["bytes"] == 0
 
 
 @pytest.mark.parametrize(
@@ -156,6 +156,7 @@ def test_held_out_pictures_are_scored_and_made_in_evaluation(trained):
     [
         (["draw: x", "--beams", "2"], "--beams: pictures are drawn token by token"),
         ([" "], "TEXT is empty"),
+        (["a red square 0"], "draws what follows 'draw: '"),
         (["one", "two"], "--out: one TEXT makes one picture, 2 were given"),
     ],
 )
@@ -164,6 +165,30 @@ def test_senseless_requests_are_refused(trained, arguments, message, tmp_path):
     result = CliRunner().invoke(cli, ["generate", f"{trained[1].run.storage}/demo", *arguments, "--out", str(file)])
     assert result.exit_code != 0 and message in str(result.exception or result.output)
     assert not file.exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("x.jpg", "ends in .png"), ("nowhere/x.png", "the folder of"), ("x.png", "no section images")]
+)
+def test_files_and_runs_without_pictures_are_refused(trained, name, message, tmp_path):
+    run = "demo"
+    if message == "no section images":
+        run, texts = "texts", tree(tmp_path)
+        del texts["images"]
+        texts["data"]["corpora"][0]["target"] = "{caption}"
+        (trained[0] / "runs" / run).mkdir()
+        (trained[0] / "runs" / run / "config.yaml").write_text(yaml.safe_dump(texts))
+    place = f"{trained[1].run.storage}/{run}"
+    result = CliRunner().invoke(cli, ["generate", place, "draw: x", "--out", str(tmp_path / name)])
+    assert isinstance(result.exception, ConfigError) and message in str(result.exception)
+
+
+def test_pictures_are_counted_where_people_read(trained):
+    _, config, _ = trained
+    shown = CliRunner().invoke(cli, ["inspect", f"{config.run.storage}/demo", "--at", "3"]).output
+    assert "<image: 16 codes>" in shown and "<image_" not in shown
+    answer = CliRunner().invoke(cli, ["generate", f"{config.run.storage}/demo", "draw: a red square 0", "--json"])
+    assert json.loads(answer.output)["outputs"][0]["text"] == "<image: 16 codes>"
 
 
 @pytest.mark.parametrize(
