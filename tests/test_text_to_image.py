@@ -71,11 +71,11 @@ def png(colour, shade):
     return file.getvalue()
 
 
-def write_squares(folder):
+def write_squares(folder, more=0):
     rows = [
         {"caption": f"a {name} square {shade}", "picture": png(colour, shade)}
         for name, colour in COLOURS.items()
-        for shade in range(-12, 13)
+        for shade in range(-12, 13 + more)
     ]
     rows.append({"caption": "a broken one", "picture": b"no picture"})
     pq.write_table(pa.Table.from_pylist(rows), folder / "squares.parquet")
