@@ -97,10 +97,30 @@ class CorpusSection(Section):
 
     @model_validator(mode="after")
     def _pictures_come_from_tables(self) -> CorpusSection:
-        if self.image_column is not None and self.kind not in ("parquet", "arrow", "hf"):
+        for field in ("source", "target"):
+            template = getattr(self, field)
+            # Doubled braces are literal ones.
+            if IMAGE_TARGET.search(template.replace("{{", "").replace("}}", "")) and (
+                field == "source" or self.image_column is None
+            ):
+                raise ValueError(
+                    f"{field}: {template!r} has a picture among text; a picture is a whole target, {{image:COLUMN}}, "
+                    "and its caption the source"
+                )
+        if self.image_column is None:
+            return self
+        if self.kind not in ("parquet", "arrow", "hf"):
             raise ValueError(f"target: {self.target!r} needs a column of pictures; kind must be parquet, arrow or hf")
-        if self.image_column is not None and (self.continuation or not self.source):
+        if self.continuation or not self.source:
             raise ValueError(f"target: {self.target!r} needs a source template (the caption), and no continuation")
+        if self.task != "likelihood":
+            raise ValueError(f"task: {self.task} compares texts, and the target is a picture; use task: likelihood")
+        if self.target_characters is not None:
+            raise ValueError("target_characters: a picture has no characters; remove it")
+        if self.held_out_key == self.image_column:
+            raise ValueError(
+                f"held_out_key: {self.held_out_key!r} is the picture; name a field of text, or leave it out"
+            )
         return self
 
     @model_validator(mode="after")

@@ -10,14 +10,16 @@ from configs.section import PositiveInt, Section
 class ImagesSection(Section):
     """A small vector-quantised autoencoder, trained on the corpora's pictures before the data are prepared."""
 
-    side: PositiveInt = Field(32, description="pictures are scaled to side x side, pixels")
+    side: PositiveInt = Field(32, description="the middle square of pictures is scaled to side x side, pixels")
     halvings: PositiveInt = Field(2, description="how often the side is halved: (side / 2^halvings)^2 tokens a picture")
     codes: PositiveInt = Field(256, description="entries of the codebook; data.tokenizer.image_codes must be equal")
     width: PositiveInt = Field(64, description="channels of the autoencoder")
     steps: PositiveInt = Field(1000, description="training steps of the autoencoder")
     batch: PositiveInt = Field(32, description="pictures in one step")
     learning_rate: float = Field(2e-3, gt=0.0, description="of Adam")
-    most_pictures: PositiveInt = Field(20_000, description="pictures that the autoencoder is trained on, at most")
+    most_pictures: PositiveInt = Field(
+        20_000, description="pictures that the autoencoder is trained on, at most; chosen by hash"
+    )
 
     @property
     def tokens(self) -> int:

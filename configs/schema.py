@@ -205,11 +205,15 @@ class RunConfig(Section):
                 f"data.tokenizer.image_codes: {codes} ids are reserved, the codebook has {self.images.codes} entries; "
                 f"set data.tokenizer.image_codes to {self.images.codes}"
             )
-        if tokens + 1 > self.data.target_tokens:
+        # Its end, and before it the least prompt where that stands in the same positions.
+        needed = tokens + (2 if self.data.layout == "sequence" else 1)
+        if needed > self.data.target_tokens:
             raise ValueError(
-                f"data.target_tokens: a picture of {tokens} tokens and its end do not fit into "
-                f"{self.data.target_tokens}; set data.target_tokens to {tokens + 1} or more, or raise images.halvings"
+                f"data.target_tokens: a picture of {tokens} tokens needs {needed} positions and does not fit into "
+                f"{self.data.target_tokens}; set data.target_tokens to {needed} or more, or raise images.halvings"
             )
+        if self.data.packing == "chunk":
+            raise ValueError("data.packing: chunk would cut pictures in two; set data.packing to best_fit or none")
         return self
 
     @model_validator(mode="after")

@@ -8,10 +8,10 @@ from __future__ import annotations
 import io
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -33,7 +33,13 @@ FLUSH_CHARACTERS = 2**20
 TEXTS = pa.schema([pa.field("source", pa.large_string(), False), pa.field("target", pa.large_string(), False)])
 
 
-EncodeImage = Callable[[bytes], Sequence[int] | None]
+class EncodeImage(Protocol):
+    """Makes codes of a picture's file; `digest` stands for the codebook that they are of."""
+
+    digest: str
+
+    def __call__(self, picture: bytes) -> Sequence[int] | None:
+        """Codes row by row; None for bytes that are no picture."""
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,9 @@ OPERATIONAL = {
 # Fields that decide which records there are and which of them are held out; templates and weights do not.
 READING = ("kind", "path", "exclude", "columns", "quotes", "records", "subset", "split", "held_out", "held_out_key")
 
+# Of how pictures are cut, sampled and trained on.
+CODEBOOK_VERSION = 2
+
 Group = tuple
 
 
@@ -68,10 +71,27 @@ def digest_of(config: RunConfig, inputs: dict[Group, list[SourceFile]]) -> str:
         ]
     if config.data.tokenizer.path is not None:
         section["tokenizer"] = {"digest": xxhash.xxh3_128_hexdigest(read_given_tokenizer(config.data.tokenizer))}
-    # A codebook follows from its section, the seed and the pictures.
-    images = [] if config.images is None else [config.images.model_dump(mode="json"), config.run.seed]
-    text = json.dumps([FORMAT_VERSION, section, *images], sort_keys=True)
+    codebook = [] if config.images is None else [codebook_digest(config, inputs)]
+    text = json.dumps([FORMAT_VERSION, section, *codebook], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def codebook_digest(config: RunConfig, inputs: dict[Group, list[SourceFile]]) -> str:
+    """What the codebook of `config` is stored under: a hash of section, seed and of all files that hold its pictures.
+
+    Raises ValueError without a section images.
+    """
+    if config.images is None:
+        raise ValueError("images: a run without that section has no codebook")
+    files = [
+        (corpus.image_column, corpus.held_out_key, file.relative, file.bytes, file.version, file.held_out)
+        for corpus in config.data.corpora
+        if corpus.image_column is not None
+        for file in inputs[group_of(corpus)]
+    ]
+    section = config.images.model_dump(mode="json")
+    content = [CODEBOOK_VERSION, section, config.run.seed, config.data.held_out_fraction, files]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
 
 
 def read_given_tokenizer(section: TokenizerSection) -> bytes:

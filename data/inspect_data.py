@@ -20,12 +20,12 @@ from data.open_shards import OpenShard
 from data.reader import SampleReader
 from data.schedule import quotas
 from data.shards import SOURCE_LENGTHS, TARGET_LENGTHS, ShardReader
-from data.tokenizer import Tokenizer
+from data.tokenizer import Tokenizer, counted
 
 # Lengths are counted in at most so many rows of at most so many shards of a corpus, both at equal distances.
 MEASURED_SHARDS = 16
 MEASURED_ROWS = 32_768
-# Of a run of special tokens (codes of an image) so many are spelled at either end.
+# Of a run of special tokens so many are spelled at either end.
 SPELLED_SPECIALS = 4
 
 
@@ -223,11 +223,14 @@ def _side(ids: np.ndarray, tokenizer: Tokenizer, special: dict[int, str]) -> dic
 
 
 def text_parts(ids: Sequence[int], tokenizer: Tokenizer, special: dict[int, str]) -> list[tuple[str, bool]]:
-    """Decoded text and special tokens in turn; of a long run of special tokens the middle is counted, not spelled."""
+    """Decoded text and special tokens in turn: image codes are counted, and so is the middle of other long runs."""
+    codes = frozenset(tokenizer.image_codes)
     parts: list[tuple[str, bool]] = []
-    for is_special, group in groupby(ids, key=lambda token: token in special):
+    for (is_special, is_image), group in groupby(ids, key=lambda token: (token in special, token in codes)):
         run = list(group)
-        if not is_special:
+        if is_image:
+            parts.append((counted(len(run)), True))
+        elif not is_special:
             parts.append((tokenizer.decode(run), False))
         elif len(run) <= 2 * SPELLED_SPECIALS + 1:
             parts.append(("".join(special[token] for token in run), True))

@@ -93,7 +93,10 @@ class CorpusInfo:
 
 @dataclass(frozen=True)
 class Manifest:
-    """Prepared data of one data configuration and one state of its inputs, which `digest` stands for."""
+    """Prepared data of one data configuration and one state of its inputs, which `digest` stands for.
+
+    `codebook_digest` is that of the codebook whose codes pictures became; None without pictures.
+    """
 
     digest: str
     tokenizer_digest: str
@@ -106,6 +109,7 @@ class Manifest:
     corpora: tuple[CorpusInfo, ...]
     layout: str = "pairs"
     packing: str = "best_fit"
+    codebook_digest: str | None = None
 
     @property
     def folder(self) -> str:

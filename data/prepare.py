@@ -53,6 +53,7 @@ def prepare(
     folder = folder_of(digest)
     found = _prepared(storage, folder)
     if found is not None:
+        _check_codebook(found, storage, encode_image)
         return found
     try:
         return _prepare(config, storage, run_tasks, report, inputs, digest, encode_image)
@@ -124,6 +125,19 @@ def _prepared(storage: Storage, folder: str) -> Manifest | None:
     folders = {path.rpartition("/")[0] for path in paths}
     present = {f"{below}/{name}".lstrip("/") for below in folders for name in storage.names(f"{folder}/{below}")}
     return manifest if present.issuperset(paths) else None
+
+
+def _check_codebook(found: Manifest, storage: Storage, encode_image: EncodeImage | None) -> None:
+    """Raise DataError when the codes of prepared pictures are not those of the codebook that is there now.
+
+    It was removed and trained again where other bits came of it, on another machine for example.
+    """
+    now = encode_image.digest if encode_image is not None else None
+    if found.codebook_digest != now:
+        raise DataError(
+            f"{storage.url}/{found.folder}: its pictures are codes of codebook {found.codebook_digest}, the one there "
+            f"now is {now}; put the first one back, or remove the folder and prepare the data again"
+        )
 
 
 def _prepare(
@@ -236,6 +250,7 @@ def _prepare(
         corpora=tuple(corpora),
         layout=config.data.layout,
         packing=config.data.packing,
+        codebook_digest=encode_image.digest if encode_image is not None else None,
     ).write(storage)
     inside.remove("work")
     _remove_orphans(inside, manifest)

@@ -12,6 +12,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from itertools import groupby
 
 import numpy as np
 import tokenizers
@@ -30,6 +31,11 @@ IMAGE = re.compile(r"<image_(\d+)>")
 LEAST_LEARNED = 270
 SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>")
 PIECES = r"[\r\n]+[ \t]*|[ \t]{2,}| ?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+|\s"
+
+
+def counted(codes: int) -> str:
+    """What people read in place of so many image codes."""
+    return f"<image: {codes} codes>"
 
 
 class Tokenizer:
@@ -136,6 +142,12 @@ class Tokenizer:
         """Ids of image codes written as text, `12 7 200 ...`; int32 `[tokens]` each."""
         ids = np.array(self.image_codes, dtype=np.int32)
         return [ids[np.array(text.split(), dtype=np.int64)] for text in texts]
+
+    def show(self, ids: Sequence[int]) -> str:
+        """What people read: text as `decode` gives it, and `<image: 64 codes>` for a run of image codes."""
+        codes = frozenset(self.image_codes)
+        runs = ((is_image, [*run]) for is_image, run in groupby(map(int, ids), key=codes.__contains__))
+        return "".join(counted(len(run)) if is_image else self.decode(run) for is_image, run in runs)
 
     def decode_codes(self, ids: Sequence[int]) -> list[int]:
         """Image codes of ids; those that are none are left out."""

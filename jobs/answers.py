@@ -129,7 +129,8 @@ class ModelAnswers:
                     "pieces": [len(label) for _, label in pairs],
                     "nll": np.concatenate([nll for nll, _ in found]).tolist(),
                     "correct": (np.concatenate([best for _, best in found]) == labels).tolist(),
-                    "bytes": len(self._text(labels, pictures).encode()),
+                    # Codes of a picture are no text, so there are no bits per byte of it.
+                    "bytes": 0 if pictures else len(self._tokenizer.decode(labels).encode()),
                 }
             )
         return answers

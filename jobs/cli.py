@@ -17,7 +17,7 @@ import click
 
 from configs.errors import ConfigError, TelarError
 
-STAGE_NAMES = ("prepare", "train", "evaluate", "report")
+STAGE_NAMES = ("codebook", "prepare", "train", "evaluate", "report")
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object (follow output goes to stderr).")
 storage = click.option("--storage", metavar="URL", help="Folder or fsspec URL of runs (TELAR_STORAGE, run.storage).")
@@ -78,7 +78,7 @@ def submit(
     overrides: tuple[str, ...],
     as_json: bool,
 ) -> None:
-    """Submit a run as a Ray job: prepare, train, evaluate, report; stages that are done are skipped."""
+    """Submit a run as a Ray job: codebook (for pictures), prepare, train, evaluate, report; what is done is skipped."""
     if down and not wait:
         raise click.UsageError("--down ends the cluster after the job, so it needs --wait; or use `telar down`")
     from jobs.commands.submitting import Request

@@ -1,7 +1,8 @@
-"""The run's controller: a detached actor that walks prepare -> train -> evaluate -> report and keeps the run's books.
+"""The run's controller: a detached actor that walks codebook -> prepare -> train -> evaluate -> report.
 
-It outlives the job's entrypoint (`jobs.run`), which only starts it, attaches to it, prints what it says and removes
-it at the end. Where the entrypoint was killed, the controller leaves by itself once the run has ended.
+It keeps the run's books and outlives the job's entrypoint (`jobs.run`), which only starts it, attaches to it, prints
+what it says and removes it at the end. Where the entrypoint was killed, the controller leaves by itself once the run
+has ended.
 """
 
 from __future__ import annotations

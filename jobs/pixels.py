@@ -7,21 +7,29 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 
 def from_bytes(picture: bytes, side: int) -> Tensor | None:
-    """A picture in any format that Pillow reads, on white, scaled; uint8 `[3, side, side]`, or None when it is none."""
+    """The middle square of a picture in any format that Pillow reads; uint8 `[3, side, side]`, or None when it is none.
+
+    Turned as its EXIF data say, on white where it is transparent, the first frame of several, scaled.
+    """
     try:
         with Image.open(io.BytesIO(picture)) as opened:
-            image = opened.convert("RGBA")
-    except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError):
+            image = ImageOps.exif_transpose(opened)
+            if image.mode.startswith("I"):
+                # Grey of 16 bits, which Pillow would cut off at 255.
+                image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
+            image = image.convert("RGBA")
+    # Pillow raises SyntaxError for some broken files.
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return None
     white = Image.new("RGBA", image.size, (255, 255, 255, 255))
     flat = Image.alpha_composite(white, image).convert("RGB")
     if flat.size != (side, side):
-        flat = flat.resize((side, side), Image.Resampling.LANCZOS)
+        flat = ImageOps.fit(flat, (side, side), Image.Resampling.LANCZOS)
     return torch.from_numpy(np.asarray(flat).copy()).permute(2, 0, 1)
 
 

@@ -12,14 +12,14 @@ from configs.errors import ConfigError, RunStopped
 from configs.schema import RunConfig
 from data.manifest import Manifest
 from data.prepare import prepare, ray_tasks
-from jobs.codebook import ensure_codebook
+from jobs.codebook import CodebookEncoder, codebook_facts, ensure_codebook
 from jobs.evaluate import evaluate, is_done
 from jobs.ledger import Ledger, duration
 from jobs.references import references, write_references
 from jobs.report import write_report
 from jobs.train_stage import TrainStage
 
-STAGES = ("prepare", "train", "evaluate", "report")
+STAGES = ("codebook", "prepare", "train", "evaluate", "report")
 
 
 class Stages:
@@ -37,6 +37,7 @@ class Stages:
         self._config, self._storage, self._run, self._ledger = config, storage, run, ledger
         self._controller, self._stop_requested = controller, stop_requested
         self._manifest: Manifest | None = None
+        self._encode_image: CodebookEncoder | None = None
         self._training: TrainStage | None = None
 
     def stop(self) -> None:
@@ -45,10 +46,22 @@ class Stages:
             self._training.stop()
 
     def walk(self, names: list[str]) -> None:
-        """Run the named stages in order; raises RunStopped between stages when a stop was requested."""
-        steps = {"prepare": self._prepare, "train": self._train, "evaluate": self._evaluate, "report": self._report}
+        """Run the named stages in order; raises RunStopped between stages when a stop was requested.
+
+        Preparation comes with the codebook stage before it; a run without pictures has no such stage.
+        """
+        steps = {
+            "codebook": self._codebook,
+            "prepare": self._prepare,
+            "train": self._train,
+            "evaluate": self._evaluate,
+            "report": self._report,
+        }
+        wanted = {*names, "codebook"} if "prepare" in names else {*names}
+        if self._config.images is None:
+            wanted.discard("codebook")
         for name in STAGES:
-            if name not in names:
+            if name not in wanted:
                 continue
             if self._stop_requested():
                 raise RunStopped(f"stopped on request before the {name} stage")
@@ -78,6 +91,20 @@ class Stages:
             raise ConfigError(f"run {self._run} has no committed checkpoint yet; run --stage train first")
         return latest.step
 
+    def _codebook(self) -> bool:
+        self._ledger.update(state="preparing")
+        said: list[str] = []
+
+        def report(line: str) -> None:
+            said.append(line)
+            self._say(line)
+
+        self._encode_image = ensure_codebook(self._config, self._storage, ray_tasks(1, self._stop_requested), report)
+        if said:
+            folder = self._encode_image.folder
+            self._ledger.event("codebook_trained", folder=folder, **codebook_facts(self._storage, folder))
+        return not said
+
     def _prepare(self) -> bool:
         self._ledger.update(state="preparing")
         prepared = []
@@ -87,7 +114,7 @@ class Stages:
             self._say(line)
 
         runner = ray_tasks(self._config.data.prepare_tasks, self._stop_requested)
-        encode_image = ensure_codebook(self._config, self._storage, runner, report)
+        encode_image = self._encode_image
         manifest = prepare(self._config, self._storage, runner, report, encode_image)
         write_references(self._ledger.folder, manifest, encode_image.folder if encode_image is not None else None)
         self._manifest = manifest

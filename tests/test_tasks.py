@@ -146,6 +146,16 @@ def test_likelihood_by_hand():
     assert {base.name: base.value for base in match.baselines} == {"unigram": 0.25, "bigram": 0.75}
 
 
+def test_pictures_are_no_part_of_bits_per_byte():
+    facts = TrainingFacts(count([np.array([2, 3, 0])] * 4, 5, BOS))
+    text = Row(0, (scored([2, 3, 0], [0.5, 0.25, 0.25], [True, True, False]),))
+    picture = Row(1, ({**scored([4], [3.0], [False]), "bytes": 0},))
+    alone, beside = (likelihood_metrics(rows, facts, config()) for rows in ([text], [text, picture]))
+    assert beside[1].value == alone[1].value and beside[0].value == pytest.approx(4.0 / 4)
+    assert [b.value for b in beside[1].baselines] == [b.value for b in alone[1].baselines]
+    assert [metric.name for metric in likelihood_metrics([picture], facts, config())] == ["nll", "next_token"]
+
+
 def test_every_piece_of_a_long_target_starts_after_bos():
     facts = TrainingFacts(count([np.array([2, 3, 0])] * 4, 5, BOS))
     nll, _, match = likelihood_metrics([Row(0, (scored([2, 3, 2, 3], [1.0] * 4, [0] * 4, [2, 2]),))], facts, config())

@@ -56,7 +56,7 @@ def tree(folder):
             "target_tokens": 24,
             "held_out_fraction": 0.2,
         },
-        "images": {"side": SIDE, "halvings": 2, "codes": 16, "width": 16, "steps": 150, "batch": 16},
+        "images": {"side": SIDE, "halvings": 2, "codes": 16, "width": 16, "steps": 300, "batch": 16},
         "model": {"d_model": 32, "heads": 2, "d_ff": 64, "encoder_layers": 1, "decoder_layers": 1, "dropout": 0.0},
         "optimizer": {"schedule": "constant", "learning_rate": 0.005, "warmup_steps": 20},
         "train": {"steps": 150, "global_batch_sequences": 16, "micro_batch_sequences": 16, "label_smoothing": 0.0},
@@ -71,11 +71,11 @@ def png(colour, shade):
     return file.getvalue()
 
 
-def write_squares(folder):
+def write_squares(folder, more=0):
     rows = [
         {"caption": f"a {name} square {shade}", "picture": png(colour, shade)}
         for name, colour in COLOURS.items()
-        for shade in range(-12, 13)
+        for shade in range(-12, 13 + more)
     ]
     rows.append({"caption": "a broken one", "picture": b"no picture"})
     pq.write_table(pa.Table.from_pylist(rows), folder / "squares.parquet")
@@ -148,7 +148,7 @@ def test_held_out_pictures_are_scored_and_made_in_evaluation(trained):
     codes = answers.answer("squares", [Generate(red)], 17)[0]["text"]
     assert len(codes.split()) == 16
     own, other = answers.answer("squares", [LogLikelihood(red, codes), LogLikelihood(blue, codes)], 17)
-    assert len(own["labels"]) == 17 and sum(own["nll"]) < sum(other["nll"]) and own["bytes"] == len(codes)
+    assert len(own["labels"]) == 17 and sum(own["nll"]) < sum(other["nll"]) and own["bytes"] == 0
 
 
 @pytest.mark.parametrize(
@@ -156,6 +156,7 @@ def test_held_out_pictures_are_scored_and_made_in_evaluation(trained):
     [
         (["draw: x", "--beams", "2"], "--beams: pictures are drawn token by token"),
         ([" "], "TEXT is empty"),
+        (["a red square 0"], "draws what follows 'draw: '"),
         (["one", "two"], "--out: one TEXT makes one picture, 2 were given"),
     ],
 )
@@ -164,6 +165,30 @@ def test_senseless_requests_are_refused(trained, arguments, message, tmp_path):
     result = CliRunner().invoke(cli, ["generate", f"{trained[1].run.storage}/demo", *arguments, "--out", str(file)])
     assert result.exit_code != 0 and message in str(result.exception or result.output)
     assert not file.exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("x.jpg", "ends in .png"), ("nowhere/x.png", "the folder of"), ("x.png", "no section images")]
+)
+def test_files_and_runs_without_pictures_are_refused(trained, name, message, tmp_path):
+    run = "demo"
+    if message == "no section images":
+        run, texts = "texts", tree(tmp_path)
+        del texts["images"]
+        texts["data"]["corpora"][0]["target"] = "{caption}"
+        (trained[0] / "runs" / run).mkdir()
+        (trained[0] / "runs" / run / "config.yaml").write_text(yaml.safe_dump(texts))
+    place = f"{trained[1].run.storage}/{run}"
+    result = CliRunner().invoke(cli, ["generate", place, "draw: x", "--out", str(tmp_path / name)])
+    assert isinstance(result.exception, ConfigError) and message in str(result.exception)
+
+
+def test_pictures_are_counted_where_people_read(trained):
+    _, config, _ = trained
+    shown = CliRunner().invoke(cli, ["inspect", f"{config.run.storage}/demo", "--at", "3"]).output
+    assert "<image: 16 codes>" in shown and "<image_" not in shown
+    answer = CliRunner().invoke(cli, ["generate", f"{config.run.storage}/demo", "draw: a red square 0", "--json"])
+    assert json.loads(answer.output)["outputs"][0]["text"] == "<image: 16 codes>"
 
 
 @pytest.mark.parametrize(
@@ -176,6 +201,13 @@ def test_senseless_requests_are_refused(trained, arguments, message, tmp_path):
         (lambda t: t["data"]["corpora"][0].update(kind="jsonl"), "kind must be parquet, arrow or hf"),
         (lambda t: t["data"]["corpora"][0].update(source=""), "needs a source template"),
         (lambda t: t["data"]["corpora"][0].update(target="{caption}"), "no corpus has a target {image:COLUMN}"),
+        (lambda t: t["data"].update(layout="sequence", target_tokens=17), "set data.target_tokens to 18 or more"),
+        (lambda t: t["data"].update(layout="sequence", packing="chunk"), "data.packing: chunk would cut pictures"),
+        (lambda t: t["data"]["corpora"][0].update(target="a {image:picture}"), "target: 'a {image:picture}' has a pic"),
+        (lambda t: t["data"]["corpora"][0].update(source="{image:picture}"), "source: '{image:picture}' has a pic"),
+        (lambda t: t["data"]["corpora"][0].update(task="translation"), "task: translation compares texts"),
+        (lambda t: t["data"]["corpora"][0].update(target_characters=[1, 9]), "target_characters: a picture has no"),
+        (lambda t: t["data"]["corpora"][0].update(held_out_key="picture"), "held_out_key: 'picture' is the picture"),
     ],
 )
 def test_configurations_that_do_not_fit_are_refused_by_name(tmp_path, change, message):

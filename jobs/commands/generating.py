@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from configs.errors import ConfigError
+from configs.schema import RunConfig
 from jobs.commands.runs import RunPlace
 
 REPLACEMENT = "\ufffd"
@@ -82,7 +84,7 @@ def generate_texts(
         if write is None or len(sources) > 1:
             outputs = generate(*arguments)
         else:
-            growing = Growing(tokenizer.decode, write)
+            growing = Growing(tokenizer.show, write)
             with evaluating(model):
                 for new in stream(*arguments):
                     growing.add(new[0][1])
@@ -90,7 +92,7 @@ def generate_texts(
             outputs = [growing.tokens]
     return [
         {
-            "text": tokenizer.decode(output),
+            "text": tokenizer.show(output),
             "tokens": len(output),
             "ended": bool(output) and output[-1] == tokenizer.eos_id,
         }
@@ -103,8 +105,8 @@ def generate_picture(
 ) -> dict[str, Any]:
     """Write the picture that the run's model makes of a caption as PNG to `file`; its codes, row by row.
 
-    Only image codes can be chosen, as many as a picture has. Raises ConfigError for a run without pictures, an empty
-    source, and beam search.
+    Only image codes can be chosen, as many as a picture has; a file that is there is replaced. Raises ConfigError for
+    a run without pictures, a text that it cannot draw, a file that cannot be written, and beam search.
     """
     import torch
 
@@ -115,17 +117,13 @@ def generate_picture(
     from jobs.references import references
     from model.generation import Sampling, generate, most_probable
 
-    choice.check()
     config = place.config()
-    if config.images is None:
-        raise ConfigError(f"--out: {place.url} was trained on texts alone (it has no section images); leave --out away")
-    if choice.beams is not None:
-        raise ConfigError("--beams: pictures are drawn token by token; leave --beams away, or --out")
-    if not source.strip():
-        raise ConfigError("TEXT is empty; a picture needs a caption")
+    _check_picture(place, config, source, file, choice)
     trained = load_trained(place.storage, place.name, config, step, average)
     tokenizer, codes = trained.tokenizer, torch.tensor(trained.tokenizer.image_codes)
-    codebook = load_codebook(place.storage, references(place.storage.child(place.name))["codebook"])
+    codebook = load_codebook(
+        place.storage, references(place.storage.child(place.name))["codebook"], trained.manifest.codebook_digest
+    )
     choose = most_probable
     if choice.temperature is not None or choice.top_k or choice.top_p < 1.0:
         choose = Sampling(choice.temperature or 1.0, choice.top_k, choice.top_p, choice.seed)
@@ -139,8 +137,34 @@ def generate_picture(
     ids = fit_source(tokenizer.encode_batch([source], tokenizer.prefix_of(source))[0], capacity).tolist()
     (output,) = generate(trained.model, [ids], tokenizer.bos_id, [], tokens, choose_code)
     found = torch.tensor([tokenizer.decode_codes(output)])
-    write_png(codebook.decode(found)[0], file)
+    try:
+        write_png(codebook.decode(found)[0], file)
+    except OSError as error:
+        raise ConfigError(f"--out: {file} cannot be written ({error.strerror}); choose another place") from error
     return {"file": file, "codes": found[0].tolist(), "side": codebook.shape.side, "steps": list(trained.steps)}
+
+
+def _check_picture(place: RunPlace, config: RunConfig, source: str, file: str, choice: Choice) -> None:
+    """Raise ConfigError for what cannot give a picture, before anything is loaded."""
+    from data.templates import literal_start
+
+    choice.check()
+    if config.images is None:
+        raise ConfigError(f"--out: {place.url} was trained on texts alone (it has no section images); leave --out away")
+    if choice.beams is not None:
+        raise ConfigError("--beams: pictures are drawn token by token; leave --beams away, or --out")
+    if not source.strip():
+        raise ConfigError("TEXT is empty; a picture needs a caption")
+    if not file.lower().endswith(".png"):
+        raise ConfigError(f"--out: {file}: pictures are written as PNG; name a file that ends in .png")
+    if not Path(file).absolute().parent.is_dir():
+        raise ConfigError(f"--out: the folder of {file} does not exist; make it, or choose another place")
+    starts = sorted({literal_start(c) for c in config.data.corpora if c.image_column is not None})
+    if not source.startswith(tuple(starts)):
+        raise ConfigError(
+            f"TEXT: {place.url} draws what follows {' or '.join(map(repr, starts))}; begin TEXT with that, as its "
+            "corpus does"
+        )
 
 
 class Growing:

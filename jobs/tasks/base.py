@@ -30,7 +30,7 @@ class LogLikelihood:
 
     Answer: {"labels": token ids with eos, "pieces": how many labels each decoder input holds (long targets are cut,
     each piece starts after bos), "nll": nats of each label, "correct": whether it was the most probable token,
-    "bytes": UTF-8 bytes of the text that the labels stand for}.
+    "bytes": UTF-8 bytes of the text that the labels stand for, 0 for a picture}.
     """
 
     source: str

@@ -17,7 +17,7 @@ class Likelihood:
     """Negative log-likelihood and exact match of the next token, every label (eos included) given those before it."""
 
     name = "likelihood"
-    version = 1
+    version = 2
     signature = "mean over target tokens, eos included; n-grams: Witten-Bell, counted on the training targets"
 
     def limit(self, config: RunConfig) -> int:
@@ -82,9 +82,11 @@ def likelihood_metrics(
         build_metric("next_token", "next token, exact match", "share", True, right, tokens, guessed, **common),
     ]
     if text_bytes.sum() > 0:
-        bits = {name: values * in_bits for name, values in beside.items()}
+        # Bits of pictures would count as bits of the texts beside them.
+        in_bits_of_text = in_bits * (text_bytes > 0)
+        bits = {name: values * in_bits_of_text for name, values in beside.items()}
         per_byte = build_metric(
-            "bits_per_byte", "bits per byte", "bits/byte", False, model * in_bits, text_bytes, bits, **common
+            "bits_per_byte", "bits per byte", "bits/byte", False, model * in_bits_of_text, text_bytes, bits, **common
         )
         metrics.insert(1, per_byte)
     return metrics
