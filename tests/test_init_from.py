@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from cluster.storage import Storage
-from configs.errors import ConfigError
+from configs.errors import ConfigError, DataError
 from configs.load import load_config, parse_config
 from data.inputs import read_given_tokenizer
 from data.loader import Loader
@@ -180,17 +180,16 @@ def test_what_does_not_fit_is_refused_by_name(project, override, message):
 
 
 def test_another_tokenizer_than_that_of_the_weights_is_refused(project):
-    small = tokenizers.Tokenizer(models.BPE(vocab={"<pad>": 0, "<bos>": 1, "<eos>": 2, "a": 3}, merges=[]))
-    small.save(str(project / "small.json"))
-    done = train(project, "other", "--set", "data.tokenizer.path=small.json")
     rows = json.loads((project / "llama" / "config.json").read_text())["vocab_size"]
-    assert done.returncode != 0
-    assert f"has embeddings of {rows} tokens, the tokenizer of the prepared data has 4" in done.stdout + done.stderr
+    config = with_absolute_paths(load_config(str(project / "tune.yaml"), []), str(project / "tune.yaml"), check=True)
+    message = f"has embeddings of {rows} tokens, the tokenizer of the prepared data has 4; remove data.tokenizer"
+    with pytest.raises(ConfigError, match=message):
+        initial_parameters(config.model, 4, 0)
 
 
 def test_special_tokens_that_are_not_there_are_named(project):
-    done = train(
-        project, "lacking", "--set", "data.tokenizer.path=llama/tokenizer.json", "--set", "data.tokenizer.bos=<start>",
-        "--set", "data.tokenizer.eos=</s>",
-    )  # fmt: skip
-    assert done.returncode == 1 and "the vocabulary has no <start>" in done.stderr
+    file = str(project / "tune.yaml")
+    overrides = ["data.tokenizer.path=llama/tokenizer.json", "data.tokenizer.bos=<start>", "data.tokenizer.eos=</s>"]
+    config = with_absolute_paths(load_config(file, overrides), file, check=True)
+    with pytest.raises(DataError, match=r"data\.tokenizer\.path: .* the vocabulary has no <start>; correct data\.tok"):
+        read_given_tokenizer(config.data.tokenizer)
