@@ -48,7 +48,8 @@ class Tokenizer:
         inner.no_truncation()
         self._inner = inner
         self.pad_id, self.bos_id, self.eos_id = (inner.token_to_id(token) for token in SPECIAL_TOKENS)
-        self.vocabulary_size = inner.get_vocab_size(with_added_tokens=True)
+        # Not a count: foreign tokenizers may leave ids out.
+        self.vocabulary_size = 1 + max(inner.get_vocab(with_added_tokens=True).values())
         added = inner.get_added_tokens_decoder().items()
         self.prefixes = {
             token.content.removeprefix(PREFIX): number for number, token in added if token.content.startswith(PREFIX)

@@ -20,19 +20,24 @@ LLAMA = {
     "feed_forward.outer": "mlp.down_proj",
     "feed_forward_output.norm": "post_attention_layernorm",
 }
+NEEDED = ("hidden_size", "num_attention_heads", "intermediate_size", "num_hidden_layers", "rms_norm_eps")
 LLAMA_ENDS = {"embedding": "model.embed_tokens", "decoder_end.norm": "model.norm", "head": "lm_head"}
 
 
 def llama_section(config: Mapping[str, Any]) -> dict[str, Any]:
     """Fields of the model section for a directory in Llama's layout, of its config.json.
 
-    Raises ConfigError for what our model does not compute: scaled rotary positions, biases, another activation.
+    Raises ConfigError for what our model does not compute: another family, scaled or partial rotary positions, biases,
+    another activation, quantized weights; and for a size that is not there.
     """
+    _same("model_type", config.get("model_type"), "llama")
+    for field in NEEDED:
+        if field not in config:
+            raise ConfigError(f"model.init_from: config.json has no {field}; save the model again with save_pretrained")
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
     for field, found, needed in (
-        ("model_type", config.get("model_type"), "llama"),
-        ("rope_parameters.rope_type", kind, "default"),
+        ("rope_parameters.rope_type", rope.get("rope_type", rope.get("type", "default")), "default"),
+        ("rope_parameters.partial_rotary_factor", rope.get("partial_rotary_factor", 1.0), 1.0),
         ("hidden_act", config.get("hidden_act", "silu"), "silu"),
         ("attention_bias", config.get("attention_bias", False), False),
         ("mlp_bias", config.get("mlp_bias", False), False),
@@ -41,11 +46,9 @@ def llama_section(config: Mapping[str, Any]) -> dict[str, Any]:
             config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"],
             config["hidden_size"] // config["num_attention_heads"],
         ),
+        ("quantization_config", config.get("quantization_config"), None),
     ):
-        if found != needed:
-            raise ConfigError(
-                f"model.init_from: config.json has {field} = {found!r}; this model computes with {needed!r}"
-            )
+        _same(field, found, needed)
     return {
         "architecture": "decoder",
         "d_model": config["hidden_size"],
@@ -63,6 +66,11 @@ def llama_section(config: Mapping[str, Any]) -> dict[str, Any]:
         "scale_embeddings": False,
         "tie_embeddings": bool(config.get("tie_word_embeddings", False)),
     }
+
+
+def _same(field: str, found: Any, needed: Any) -> None:
+    if found != needed:
+        raise ConfigError(f"model.init_from: config.json has {field} = {found!r}; this model computes with {needed!r}")
 
 
 def import_llama(config: Mapping[str, Any], read: Callable[[str], Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -86,6 +86,8 @@ def test_help_imports_nothing_that_is_slow(project):
     [
         ("train.stepz=1", ("train.stepz", "did you mean train.steps?")),
         ("train.steps=many", ("train.steps", "'many'")),
+        ("model.heads=3", ("model.heads: 3 heads do not divide d_model = 32", "set model.heads to 2")),
+        ("model.attention.kind=sparse", ("model.attention.kind", "'full', 'window', 'blocklog' or 'linear'")),
         ("data.corpora.calls.path=nowhere", ("data.corpora.calls.path", "nowhere does not exist")),
         ("run.name=a/b", ("run.name",)),
         ("run.name=data", ("run.name", "prepared data")),
@@ -94,6 +96,12 @@ def test_help_imports_nothing_that_is_slow(project):
 )
 def test_a_wrong_field_is_named(project, override, parts):
     refused(project, 2, *parts, arguments=("submit", "tiny.yaml", "--set", override))
+
+
+def test_more_tokens_than_learned_positions_are_named(project):
+    changed = {**CONFIG, "model": {**CONFIG["model"], "positions": "learned", "max_positions": 64}}
+    (project / "tiny.yaml").write_text(yaml.safe_dump(changed))
+    refused(project, 2, "data.source_tokens", "are more than the 64 learned positions", "set model.max_positions to")
 
 
 def test_a_missing_configuration_is_named(project):

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from configs.errors import ConfigError
 from configs.schema import AttentionSection
 from model.export import SpecialTokens, export
-from model.llama_layout import import_llama
+from model.llama_layout import import_llama, llama_section
 from model.transformer import Transformer, build_layers
 from tests.test_engine import VOCABULARY
 from tests.test_model_transformer import plain_inputs
@@ -124,6 +124,13 @@ def test_a_llama_that_computes_otherwise_is_refused():
         ({"attention_bias": True}, "attention_bias"),
         ({"model_type": "mistral"}, "model_type"),
         ({"head_dim": 16}, "head_dim"),
+        ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
     ):
         with pytest.raises(ConfigError, match=field):
             import_llama({**config, **more}, lambda name: pytest.fail(f"{name} was read"))
+    for field in ("hidden_size", "rms_norm_eps"):
+        with pytest.raises(ConfigError, match=f"config.json has no {field}; save the model again"):
+            llama_section({name: value for name, value in config.items() if name != field})
+    with pytest.raises(ConfigError, match="model_type = 'gpt2'"):
+        llama_section({"model_type": "gpt2", "n_embd": 32})

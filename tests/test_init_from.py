@@ -27,6 +27,7 @@ from jobs.batches import to_model
 from jobs.commands.exporting import export_run
 from jobs.commands.paths import with_absolute_paths
 from jobs.commands.runs import locate
+from jobs.loading import load_trained
 from jobs.pretrained import initial_parameters
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -131,6 +132,29 @@ def test_a_run_starts_from_the_weights_and_goes_out_again_unchanged(project):
     for name, tensor in before.items():
         assert torch.equal(after[name][: len(tensor)], tensor), name
 
+    # And in again: what went out has a token for each row, padding included.
+    again = resolved(project, f"model.init_from=hf:{project}/out")
+    size = Tokenizer.load(read_given_tokenizer(again.data.tokenizer)).vocabulary_size
+    assert size == manifest.vocabulary_size == len(after["lm_head.weight"])
+    started = initial_parameters(again.model, size, seed=1)
+    trained = load_trained(storage, "tuned", config).model.named_parameters()
+    assert again.model == config.model.model_copy(update={"init_from": f"hf:{project}/out"})
+    assert all(torch.equal(started.pop(name), value) for name, value in trained) and not started
+
+
+@pytest.mark.slow
+def test_a_run_with_a_checkpoint_never_asks_for_the_weights_again(project):
+    assert train(project, "kept").returncode == 0
+    (project / "llama" / "model.safetensors").rename(project / "away")
+    try:
+        done = train(project, "kept", "--resume", "--set", "train.steps=3")
+        with pytest.raises(ConfigError, match=r"llama/model\.safetensors cannot be read"):
+            initial_parameters(resolved(project).model, 300, 0)
+    finally:
+        (project / "away").rename(project / "llama" / "model.safetensors")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len((project / "runs" / "kept" / "metrics.jsonl").read_text().splitlines()) == 3
+
 
 def test_their_tokenizer_gives_the_same_ids_and_never_a_special_token_from_text(project):
     theirs = transformers.AutoTokenizer.from_pretrained(project / "llama")
@@ -179,17 +203,63 @@ def test_what_does_not_fit_is_refused_by_name(project, override, message):
         with_absolute_paths(load_config(file, [override]), file, check=True)
 
 
-def test_another_tokenizer_than_that_of_the_weights_is_refused(project):
+def resolved(project, *overrides):
+    file = str(project / "tune.yaml")
+    return with_absolute_paths(load_config(file, overrides), file, check=True)
+
+
+def test_another_tokenizer_than_that_of_the_weights_is_refused(project, tmp_path):
     rows = json.loads((project / "llama" / "config.json").read_text())["vocab_size"]
-    config = with_absolute_paths(load_config(str(project / "tune.yaml"), []), str(project / "tune.yaml"), check=True)
-    message = f"has embeddings of {rows} tokens, the tokenizer of the prepared data has 4; remove data.tokenizer"
+    tree = json.loads((project / "llama" / "tokenizer.json").read_text())
+    vocabulary = tree["model"]["vocab"]
+    (a, i), (b, j) = list(vocabulary.items())[40:42]
+    given = ["data.tokenizer.bos=<s>", "data.tokenizer.eos=</s>", f"data.tokenizer.path={tmp_path}/other.json"]
+
+    def other(tokens):
+        content = json.dumps({**tree, "model": {**tree["model"], "vocab": tokens, "merges": []}})
+        (tmp_path / "other.json").write_text(content)
+
+    other({**vocabulary, a: j, b: i})
+    message = (
+        rf"data\.tokenizer\.path: .*other\.json has {rows + 1} tokens, the weights of .*/llama have embeddings of "
+        rf"{rows} others \(.* is {i} there and {j} here\); remove data\.tokenizer"
+    )
     with pytest.raises(ConfigError, match=message):
-        initial_parameters(config.model, 4, 0)
+        resolved(project, *given)
+    other({token: number for token, number in vocabulary.items() if number < 50})
+    with pytest.raises(ConfigError, match=rf"has 51 tokens, .* embeddings of {rows} others \(.* absent here\)"):
+        resolved(project, *given)
+    # One that goes on where theirs ends is no other.
+    other({**vocabulary, "more": len(vocabulary)})
+    assert resolved(project, *given).data.tokenizer.path == f"{tmp_path}/other.json"
+
+
+def test_a_directory_without_tokenizer_needs_one_that_is_as_large(project, tmp_path):
+    rows = json.loads((project / "llama" / "config.json").read_text())["vocab_size"]
+    (tmp_path / "config.json").write_text((project / "llama" / "config.json").read_text())
+    given = [f"model.init_from=hf:{tmp_path}", "data.tokenizer.bos=<s>", "data.tokenizer.eos=</s>"]
+    assert resolved(project, *given, "data.tokenizer.path=llama/tokenizer.json").model.d_model == 32
+    tree = json.loads((project / "llama" / "tokenizer.json").read_text())
+    tree["model"] |= {"vocab": {token: i for token, i in tree["model"]["vocab"].items() if i < 50}, "merges": []}
+    (tmp_path / "small.json").write_text(json.dumps(tree))
+    with pytest.raises(ConfigError, match=rf"has 51 tokens, .* {rows} others \({rows - 51} rows have no token\)"):
+        resolved(project, *given, f"data.tokenizer.path={tmp_path}/small.json")
+
+
+def test_rows_without_a_token_are_left_out_and_tokens_without_a_row_are_new(project, caplog):
+    model, whole = resolved(project).model, load_file(project / "llama" / "model.safetensors")
+    rows = len(whole["lm_head.weight"])
+    with caplog.at_level("INFO"):
+        fewer = initial_parameters(model, rows - 7, 0)
+    assert "the last 7 of" in caplog.text
+    more, other = (initial_parameters(model, rows + 2, seed) for seed in (0, 1))
+    for ours, theirs in (("embedding.weight", "model.embed_tokens.weight"), ("head.weight", "lm_head.weight")):
+        assert torch.equal(fewer[ours], whole[theirs][:-7])
+        assert torch.equal(more[ours][:rows], whole[theirs]) and (more[ours][rows:] != other[ours][rows:]).all()
 
 
 def test_special_tokens_that_are_not_there_are_named(project):
     file = str(project / "tune.yaml")
     overrides = ["data.tokenizer.path=llama/tokenizer.json", "data.tokenizer.bos=<start>", "data.tokenizer.eos=</s>"]
-    config = with_absolute_paths(load_config(file, overrides), file, check=True)
     with pytest.raises(DataError, match=r"data\.tokenizer\.path: .* the vocabulary has no <start>; correct data\.tok"):
-        read_given_tokenizer(config.data.tokenizer)
+        with_absolute_paths(load_config(file, overrides), file, check=True)
