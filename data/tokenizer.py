@@ -168,7 +168,7 @@ def with_our_names(content: bytes, bos: str, eos: str, pad: str | None, origin: 
     """A tokenizer.json whose special tokens of these names are `SPECIAL_TOKENS`, with the ids that they had.
 
     Without `pad` a token is added for it behind the vocabulary. Raises DataError, naming `origin`, when there is no
-    such token.
+    such token or no room for one more.
     """
     inner = _parsed(content, origin)
     names = {bos: "<bos>", eos: "<eos>"} | ({} if pad is None else {pad: "<pad>"})
@@ -197,6 +197,12 @@ def with_our_names(content: bytes, bos: str, eos: str, pad: str | None, origin: 
     renamed = tokenizers.Tokenizer.from_str(json.dumps(tree))
     if pad is None:
         renamed.add_special_tokens([AddedToken("<pad>", normalized=False)])
+        ids = renamed.get_vocab(with_added_tokens=True)
+        if sum(number == ids["<pad>"] for number in ids.values()) > 1:
+            # The library counts tokens to number a new one, and this vocabulary leaves ids out.
+            raise DataError(
+                f"{origin}: a token for padding has no free id; name one of its tokens in data.tokenizer.pad"
+            )
     return renamed.to_str().encode()
 
 

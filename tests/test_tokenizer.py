@@ -6,11 +6,13 @@ import sys
 
 import numpy as np
 import pytest
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import models
 
 from configs.errors import DataError
-from data.tokenizer import SPECIAL_TOKENS, Tokenizer
+from data.tokenizer import SPECIAL_TOKENS, Tokenizer, with_our_names
 from data.unigram import UNSEEN, scores_of, segment
 from tests.test_layout import ROOT
 
@@ -119,3 +121,16 @@ def test_ids_are_what_the_library_itself_gives(tokenizer):
     for text in TEXTS[:3]:
         assert tokenizer.encode(text) == inner.encode(text, add_special_tokens=False).ids
         assert np.array_equal(tokenizer.encode_batch([text])[0], tokenizer.encode(text))
+
+
+def test_ids_that_a_foreign_vocabulary_leaves_out_count():
+    def foreign(**tokens):
+        inner = tokenizers.Tokenizer(models.BPE(vocab={"<s>": 0, "</s>": 1, **tokens}, merges=[]))
+        return inner.to_str().encode()
+
+    found = Tokenizer.load(with_our_names(foreign(a=2, b=9), "<s>", "</s>", None, "there"))
+    assert (found.pad_id, found.vocabulary_size) == (4, 10)
+    # The library would number padding 4, too.
+    with pytest.raises(DataError, match=r"there: no free id for a padding token; .* data\.tokenizer\.pad"):
+        with_our_names(foreign(a=2, b=4), "<s>", "</s>", None, "there")
+    assert Tokenizer.load(with_our_names(foreign(a=2, b=4), "<s>", "</s>", "a", "there")).vocabulary_size == 5
