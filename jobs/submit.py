@@ -7,8 +7,6 @@ import io
 import json
 import logging
 import os
-import signal
-import threading
 import time
 import zipfile
 from collections import Counter
@@ -42,24 +40,6 @@ for _name in (
     "ray._private.runtime_env.working_dir",
 ):
     logging.getLogger(_name).setLevel(logging.ERROR)
-
-
-@contextmanager
-def _plain_interrupts() -> Iterator[None]:
-    """Ctrl-C raises KeyboardInterrupt where it arrives.
-
-    asyncio's own handler would cancel the task that waits for the log, and a cancellation can get lost in aiohttp.
-    """
-    ours = threading.current_thread() is threading.main_thread()
-    if not ours or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        yield
-        return
-    # Another function than the default: asyncio replaces that one only.
-    signal.signal(signal.SIGINT, lambda number, frame: signal.default_int_handler(number, frame))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @dataclass(frozen=True)
@@ -194,8 +174,7 @@ class Jobs:
         lost_at = None
         while True:
             try:
-                with _plain_interrupts():
-                    asyncio.run(self._stream(job_id, written, write))
+                asyncio.run(self._stream(job_id, written, write))
                 details = self.info(job_id)
                 lost_at = None
             except (UnreachableError, aiohttp.ClientError, OSError, RuntimeError) as error:

@@ -333,6 +333,8 @@ sys.exit(follow_job(sent.jobs, sent.place, sent.job_id, lambda text: print(text,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        # Whoever started the tests in the background of a shell has Ctrl-C ignored, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert any(line == "123\n" for line in process.stdout)
     process.send_signal(signal.SIGINT)
