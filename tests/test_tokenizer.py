@@ -131,6 +131,6 @@ def test_ids_that_a_foreign_vocabulary_leaves_out_count():
     found = Tokenizer.load(with_our_names(foreign(a=2, b=9), "<s>", "</s>", None, "there"))
     assert (found.pad_id, found.vocabulary_size) == (4, 10)
     # The library would number padding 4, too.
-    with pytest.raises(DataError, match=r"there: no free id for a padding token; .* data\.tokenizer\.pad"):
+    with pytest.raises(DataError, match=r"there: a token for padding has no free id; .* data\.tokenizer\.pad"):
         with_our_names(foreign(a=2, b=4), "<s>", "</s>", None, "there")
     assert Tokenizer.load(with_our_names(foreign(a=2, b=4), "<s>", "</s>", "a", "there")).vocabulary_size == 5
