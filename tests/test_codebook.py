@@ -2,6 +2,7 @@
 
 import io
 import json
+import struct
 
 import numpy as np
 import pyarrow as pa
@@ -10,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 
 from cluster.storage import Storage
 from configs.errors import DataError
@@ -160,9 +161,9 @@ def test_columns_without_pictures_are_named(tmp_path):
         train(tmp_path)
 
 
-def encoded(image, **options):
+def encoded(image, kind="PNG", **options):
     file = io.BytesIO()
-    image.save(file, "PNG", **options)
+    image.save(file, kind, **options)
     return file.getvalue()
 
 
@@ -176,13 +177,30 @@ def test_pixels_are_the_middle_square_on_white():
     assert (from_bytes(encoded(grey), 16) == 0x80).all()
 
 
-def test_pixels_are_turned_as_the_camera_says():
-    picture = np.zeros((16, 16, 3), np.uint8)
-    picture[0] = 255
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_pixels_are_turned_as_the_camera_says(orientation):
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8))
     exif = Image.Exif()
-    exif[0x0112] = 6
-    turned = from_bytes(encoded(Image.fromarray(picture), exif=exif), 16)
-    assert (turned[:, :, -1] == 255).all() and (turned[:, :, :-1] == 0).all()
+    exif[ExifTags.Base.Orientation] = orientation
+    content = encoded(picture, exif=exif)
+    with Image.open(io.BytesIO(content)) as opened:
+        expected = np.asarray(ImageOps.exif_transpose(opened))
+    assert (from_bytes(content, 16).permute(1, 2, 0).numpy() == expected).all()
+
+
+def test_broken_exif_data_leave_a_picture_a_picture():
+    exif = Image.Exif()
+    exif[ExifTags.Base.ImageDescription], exif[ExifTags.Base.Orientation] = "some words", 6
+    whole = encoded(Image.new("RGB", (16, 16), (255, 255, 255)), "JPEG", exif=exif)
+    # The words become a width, which is a number.
+    broken = whole.replace(*(struct.pack(">H", tag) for tag in (0x010E, 0x0100)))
+    assert broken != whole and (from_bytes(broken, 16) > 250).all()
+
+
+def test_a_broken_avif_and_a_program_are_no_pictures():
+    whole = encoded(Image.new("RGB", (16, 16)), "AVIF")
+    assert from_bytes(whole, 16) is not None and from_bytes(whole.replace(b"av01", b"\0\0\0\0"), 16) is None
+    assert from_bytes(encoded(Image.new("RGB", (16, 16)), "EPS"), 16) is None, "Ghostscript would be started"
 
 
 def test_the_gallery_holds_out_the_emoji_that_are_for_testing():
