@@ -102,7 +102,7 @@ class Storage:
                     return False
                 finally:
                     Path(temporary).unlink(missing_ok=True)
-                _sync_folder(Path(full).parent)
+                sync(Path(full).parent)
             return True
         self._fs.invalidate_cache()
         if "s3" in self._protocols:
@@ -196,7 +196,7 @@ class Storage:
                 Path(temporary).replace(full)
             finally:
                 Path(temporary).unlink(missing_ok=True)
-            _sync_folder(Path(full).parent)
+            sync(Path(full).parent)
 
     def _temporary(self, full: str) -> str:
         folder, name = full.rsplit("/", 1)
@@ -223,9 +223,9 @@ def _write_durably(path: str, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def _sync_folder(folder: Path) -> None:
-    """Make names in a folder survive a power cut (POSIX: a rename is durable once its folder is)."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Make a file, or names in a folder, survive a power cut (POSIX: a rename is durable once its folder is)."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -21,7 +21,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from cluster.storage import Storage
+from cluster.storage import Storage, sync
 from configs.errors import DataError
 from data.eviction import NEVER, Cached, farthest_first, victims
 from data.fetch import FULL_DISK, Deadline, FetchTimeout, StorageFetch, damaged, missing
@@ -200,17 +200,17 @@ class ShardCache:
         try:
             try:
                 fetch(shard, temporary, deadline)
-                _sync(temporary)
+                sync(temporary)
             except OSError as error:
                 if error.errno not in FULL_DISK:
                     raise
                 temporary.unlink(missing_ok=True)
                 self._free_disk(shard, deadline)
                 fetch(shard, temporary, deadline)
-                _sync(temporary)
+                sync(temporary)
             identity = _identity(temporary.stat())
             temporary.replace(self._target(shard))
-            _sync(self._folder)
+            sync(self._folder)
             self._verified[shard.digest] = identity
         finally:
             temporary.unlink(missing_ok=True)
@@ -329,12 +329,3 @@ class ShardCache:
 
 def _identity(state: os.stat_result) -> Identity:
     return state.st_ino, state.st_mtime_ns, state.st_size
-
-
-def _sync(path: Path) -> None:
-    """Flush a file, or the names in a folder, to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

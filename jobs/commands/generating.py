@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from configs.errors import ConfigError
 from configs.schema import RunConfig
 from jobs.commands.runs import RunPlace
+
+if TYPE_CHECKING:
+    from model.generation import Choose
 
 REPLACEMENT = "\ufffd"
 
@@ -25,10 +28,22 @@ class Choice:
     top_p: float = 1.0
     seed: int = 0
 
+    @property
+    def draws(self) -> bool:
+        """Whether tokens are drawn by their probabilities."""
+        return self.temperature is not None or bool(self.top_k) or self.top_p < 1.0
+
+    def chooser(self) -> Choose:
+        """What chooses the next token, without beams."""
+        from model.generation import Sampling, most_probable
+
+        if not self.draws:
+            return most_probable
+        return Sampling(1.0 if self.temperature is None else self.temperature, self.top_k, self.top_p, self.seed)
+
     def check(self) -> None:
         """Raises ConfigError for options that contradict each other."""
-        drawing = self.temperature is not None or self.top_k or self.top_p < 1.0
-        if self.beams is not None and drawing:
+        if self.beams is not None and self.draws:
             raise ConfigError("--beams: beam search draws nothing; leave --temperature, --top-k and --top-p out")
 
 
@@ -49,7 +64,7 @@ def generate_texts(
     from data.packing import fit_source
     from jobs.loading import load_trained
     from model.beam import beam_search
-    from model.generation import Sampling, evaluating, generate, most_probable, stream
+    from model.generation import evaluating, generate, stream
 
     choice.check()
     config = place.config()
@@ -76,11 +91,7 @@ def generate_texts(
         )
         outputs = [hypotheses[0].tokens for hypotheses in found]
     else:
-        choose = most_probable
-        if choice.temperature is not None or choice.top_k or choice.top_p < 1.0:
-            temperature = 1.0 if choice.temperature is None else choice.temperature
-            choose = Sampling(temperature, choice.top_k, choice.top_p, choice.seed)
-        arguments = (model, encoded, tokenizer.bos_id, [tokenizer.eos_id], max_new_tokens, choose)
+        arguments = (model, encoded, tokenizer.bos_id, [tokenizer.eos_id], max_new_tokens, choice.chooser())
         if write is None or len(sources) > 1:
             outputs = generate(*arguments)
         else:
@@ -115,7 +126,7 @@ def generate_picture(
     from jobs.loading import load_trained
     from jobs.pixels import write_png
     from jobs.references import references
-    from model.generation import Sampling, generate, most_probable
+    from model.generation import generate
 
     config = place.config()
     _check_picture(place, config, source, file, choice)
@@ -124,9 +135,7 @@ def generate_picture(
     codebook = load_codebook(
         place.storage, references(place.storage.child(place.name))["codebook"], trained.manifest.codebook_digest
     )
-    choose = most_probable
-    if choice.temperature is not None or choice.top_k or choice.top_p < 1.0:
-        choose = Sampling(choice.temperature or 1.0, choice.top_k, choice.top_p, choice.seed)
+    choose = choice.chooser()
 
     def choose_code(logits: torch.Tensor, rows: Sequence[int], at: int) -> torch.Tensor:
         return codes[choose(logits[:, codes], rows, at)]
