@@ -84,6 +84,7 @@ class ShardServer:
         """The cache folder, once the manifest is read; raises DataError when it cannot be."""
         Manifest.read(Storage(self._settings.storage_url), self._settings.data_folder)
         self._join()
+        self._publish()
         return self._folder
 
     def ping(self) -> str:

@@ -232,6 +232,20 @@ def stop(run: str, now: bool, timeout: float, address: str | None, storage: str 
 
 
 @cli.command()
+@click.option("--out", type=click.Path(file_okay=False), default="monitoring", show_default=True, help="Folder.")
+@click.option("--token-file", type=click.Path(), help="Holds the cluster's token; default: the embedded cluster's.")
+@click.option("--prometheus", metavar="URL", default="http://127.0.0.1:9090", show_default=True, help="For Grafana.")
+@address
+@as_json
+def monitor(out: str, token_file: str | None, prometheus: str, address: str | None, as_json: bool) -> None:
+    """Write prometheus.yml, Grafana's dashboard and its provisioning for a cluster."""
+    from jobs.commands.monitoring import monitor as write_files
+
+    written = write_files(Path(out), address, token_file, prometheus)
+    _print(as_json, written, written["message"])
+
+
+@cli.command()
 @click.argument("config")
 @click.option("--to", "system", type=click.Choice(("kuberay", "slurm", "ray-up")), required=True)
 @click.option("--nodes", type=click.IntRange(1), help="Machines with ranks; default: as many as the ranks need.")
