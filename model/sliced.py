@@ -9,6 +9,14 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 
+class Part(NamedTuple):
+    """Indices `start .. stop` of a dimension of a whole parameter, all of the others."""
+
+    dimension: int
+    start: int
+    stop: int
+
+
 @dataclass(frozen=True)
 class Slice:
     """The part of rank `rank` of `size` in a dimension of `full` elements, as even as it goes."""
@@ -42,6 +50,12 @@ def mark(parameter: nn.Parameter, part: Slice) -> nn.Parameter:
     return parameter
 
 
+def part_of(parameter: Tensor) -> Part | None:
+    """What this tensor rank holds of the parameter, None for all of it."""
+    part = slice_of(parameter)
+    return None if part is None else Part(part.dimension, part.start, part.stop)
+
+
 def slice_of(parameter: Tensor) -> Slice | None:
     """The record, None for a parameter that every tensor rank holds whole."""
     return getattr(parameter, "sliced", None)
@@ -73,9 +87,18 @@ class Block(NamedTuple):
         """Number of columns."""
         return self.right - self.left
 
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return (self.bottom - self.top) * self.width
 
-def block_of(shape: Sequence[int], part: tuple[int, int, int] | None) -> Block:
-    """The block of a parameter of full `shape` that `part` (dimension, start, stop) is; None: the whole.
+    def of(self, matrix: Tensor) -> Tensor:
+        """The block as a view of the whole matrix."""
+        return matrix[self.top : self.bottom, self.left : self.right]
+
+
+def block_of(shape: Sequence[int], part: Part | None) -> Block:
+    """The block of a parameter of full `shape` that `part` is; None: the whole.
 
     Dimensions behind the second count as columns, and only the first two are ever cut.
     """
