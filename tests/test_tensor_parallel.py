@@ -3,7 +3,7 @@
 import pytest
 
 from tests.gloo_pool import gloo_pool  # noqa: F401
-from tests.test_engine import assert_equal_to, assert_equal_training, make_config, train_plainly, train_with_engine
+from tests.test_engine import assert_equal_to, make_config, train_plainly, train_with_engine
 
 # Grouped keys and values, gates, an output projection of its own; positions by rotation.
 LLAMA = {
@@ -62,3 +62,14 @@ def test_dropout_is_that_of_one_process(gloo_pool, model):  # noqa: F811
     check(gloo_pool, 2, config)
     plain, without = train_plainly(config, 4), train_plainly(make_config(model=model), 4)
     assert plain[0][0][0] != pytest.approx(without[0][0][0], abs=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero_stage", [1, 2, 3])
+def test_bf16_follows_fp32(gloo_pool, zero_stage):  # noqa: F811
+    config = make_config(tensor=2, zero_stage=zero_stage, precision="bf16")
+    history, _ = train_plainly(config, 4)
+    for results, _, _ in gloo_pool.run(2, train_with_engine, config, 4):
+        for result, (loss, norm, _) in zip(results, history, strict=True):
+            assert result.loss == pytest.approx(loss, abs=2e-2)
+            assert result.grad_norm == pytest.approx(norm, rel=5e-2)
