@@ -1,4 +1,7 @@
-"""Placement groups of training ranks: one group per model replica, so that a replica starts whole or not at all."""
+"""Placement groups of training ranks: one group per model replica, so that a replica starts whole or not at all.
+
+The ranks of a replica stand on one node: tensor ranks exchange activations in every layer.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +36,7 @@ def rank_resources(config: RunConfig, totals: dict[str, float]) -> RankResources
     if device == "auto":
         device = "cuda" if totals.get("GPU", 0) >= 1 else "cpu"
     wanted = RankResources(config.cluster.cpus_per_rank, 1 if device == "cuda" else 0)
-    ranks = config.parallelism.data
+    ranks, tensor = config.parallelism.ranks, config.parallelism.tensor
     for name, each, field in (("CPU", wanted.cpus, "cpus_per_rank"), ("GPU", wanted.gpus, "device: cuda")):
         have = int(totals.get(name, 0))
         if each and not have:
@@ -44,21 +47,25 @@ def rank_resources(config: RunConfig, totals: dict[str, float]) -> RankResources
         if ranks * each > have:
             raise CapacityError(
                 f"parallelism.data: {ranks} ranks x {each} {name} (cluster.{field}) need {ranks * each} {name}s, the "
-                f"cluster has {have}; set parallelism.data to {max(1, have // each)} or add nodes"
+                f"cluster has {have}; set parallelism.data to {max(1, have // (each * tensor))} or add nodes"
                 + ("; on the embedded cluster raise cluster.local_cpus" if name == "CPU" else "")
             )
     return wanted
 
 
-def reserve(resources: RankResources, replicas: int, label: str, timeout_seconds: float) -> list[PlacementGroup]:
+def reserve(
+    resources: RankResources, replicas: int, ranks_per_replica: int, label: str, timeout_seconds: float
+) -> list[PlacementGroup]:
     """Reserve one group per replica; raises CapacityError, with nothing kept, when they are not free in time."""
-    groups = [placement_group([resources.bundle()], strategy="PACK", name=f"{label}/dp{i}") for i in range(replicas)]
+    bundles = [resources.bundle()] * ranks_per_replica
+    groups = [placement_group(bundles, strategy="STRICT_PACK", name=f"{label}/dp{i}") for i in range(replicas)]
     deadline = time.monotonic() + timeout_seconds
     ready = sum(group.wait(max(0.1, deadline - time.monotonic())) for group in groups)
     if ready < replicas:
         release(groups)
         raise CapacityError(
-            f"only {ready} of {replicas} replicas found {resources.bundle()} free within {timeout_seconds:.0f} s; "
+            f"only {ready} of {replicas} replicas found {ranks_per_replica} x {resources.bundle()} free on one node "
+            f"within {timeout_seconds:.0f} s; "
             f"available now: {_short(ray.available_resources())}; stop other work on the cluster or lower "
             "parallelism.data"
         )

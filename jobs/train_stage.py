@@ -94,7 +94,7 @@ class TrainStage:
         return outcomes[0].mode
 
     def _attempt(self, resources: RankResources, operators: str) -> LoopEnd:
-        config, world_size = self._config, self._config.parallelism.data
+        config, world_size = self._config, self._config.parallelism.ranks
         attempt = self._ledger.begin_attempt()
         latest, damaged = commit.latest(self._ledger.checkpoints)
         for message in damaged:
@@ -110,11 +110,17 @@ class TrainStage:
             attempt=attempt, world_size=world_size, state="training", step=start, last_commit_step=start or None
         )
         timeout = config.elastic.start_timeout_seconds
-        groups = reserve(resources, world_size, label, timeout)
+        tensor = config.parallelism.tensor
+        groups = reserve(resources, config.parallelism.data, tensor, label, timeout)
         servers = None
         try:
             servers = start_servers(config, self._storage, self._manifest, label)
-            self._workers = [self._spawn(resources, group, f"{label}/dp{i}") for i, group in enumerate(groups)]
+            # In the order of ranks: those that share a replica's tensors follow each other.
+            self._workers = [
+                self._spawn(resources, group, bundle, f"{label}/dp{replica}-tp{bundle}")
+                for replica, group in enumerate(groups)
+                for bundle in range(tensor)
+            ]
             places = self._wait([worker.prepare.remote(operators) for worker in self._workers], timeout)
             master = (places[0]["address"], places[0]["port"])
             seen: Counter[str] = Counter()
@@ -146,7 +152,7 @@ class TrainStage:
             stop_servers(servers)
             release(groups)
 
-    def _spawn(self, resources: RankResources, group: Any, name: str) -> Any:
+    def _spawn(self, resources: RankResources, group: Any, bundle: int, name: str) -> Any:
         threads = str(self._config.train.threads_per_rank)
         environment = {"OMP_NUM_THREADS": threads}
         if not resources.gpus:
@@ -156,7 +162,7 @@ class TrainStage:
             namespace="telar",
             num_cpus=resources.cpus,
             num_gpus=resources.gpus,
-            scheduling_strategy=PlacementGroupSchedulingStrategy(group),
+            scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle),
             runtime_env={"env_vars": {"OMP_NUM_THREADS": threads}},
         ).remote(environment)
 

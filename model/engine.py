@@ -26,9 +26,11 @@ from configs.schema import RunConfig
 from model.batch import ModelBatch
 from model.deepspeed_config import deepspeed_config
 from model.fragments import muon_pieces
+from model.mesh import Mesh, ModelParallelUnit, ParallelContext, join
 from model.muon import MuonAdamW
 from model.operators import load_or_switch_off
 from model.optimizer import build_optimizer
+from model.sliced import full_shape
 from model.transformer import Transformer, build_model
 
 PROCESS_GROUP_TIMEOUT = timedelta(seconds=120)
@@ -57,18 +59,18 @@ class StepResult:
 class Engine:
     """The model and its share of the optimizer state on this rank; all methods are called on all ranks together."""
 
-    def __init__(self, module: Transformer, engine: Any, device: torch.device) -> None:
-        self.module, self.deepspeed, self.device = module, engine, device
+    def __init__(self, module: Transformer, engine: Any, device: torch.device, context: ParallelContext) -> None:
+        self.module, self.deepspeed, self.device, self.context = module, engine, device, context
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        self.parameter_count = sum(_full_size(parameter) for parameter in module.parameters())
+        self.parameter_count = sum(math.prod(full_shape(parameter)) for parameter in module.parameters())
 
     def train_step(
         self, batches: Sequence[ModelBatch], step: int, learning_rate: float, stop: bool = False
     ) -> StepResult:
-        """Train on this rank's micro-batches of the global batch, equally many on every rank (fill with zero-weight).
+        """Train on this replica's micro-batches of the global batch, equally many on each (fill with zero-weight).
 
-        `step` counts from 1 and seeds dropout together with each micro-batch's index. Raises TrainingError, before
-        anything is updated when the loss is not finite.
+        Tensor ranks of one replica are given the same. `step` counts from 1 and seeds dropout together with each
+        micro-batch's index. Raises TrainingError, before anything is updated when the loss is not finite.
         """
         weight, tokens, stops = self._agree(batches, stop)
         if weight <= 0:
@@ -81,9 +83,11 @@ class Engine:
             self.deepspeed.set_gradient_accumulation_boundary(number == len(batches) - 1)
             part = batch.trimmed().to(self.device)
             result = self.deepspeed(part.inputs, torch.tensor([step, batch.index]), part.labels, part.loss_weight)
-            # DeepSpeed averages gradients over ranks; the product turns that into the sum over the global batch.
-            self.deepspeed.backward(result.loss * (self.world_size / weight))
+            # DeepSpeed averages gradients over replicas; the product turns that into the sum over the global batch.
+            self.deepspeed.backward(result.loss * (self.context.data.size / weight))
             sums += torch.stack((result.loss.detach(), result.nll.detach())).double()
+        # All ranks hear the same numbers, so that all go on or none does; tensor ranks of a replica count as one.
+        sums *= self.context.counts
         dist.all_reduce(sums)
         loss, nll = (sums / weight).tolist()
         if not math.isfinite(loss):
@@ -96,8 +100,9 @@ class Engine:
 
     def _agree(self, batches: Sequence[ModelBatch], stop: bool) -> tuple[float, float, float]:
         """Global loss weight, target tokens and number of ranks that want to stop, by one all-reduce."""
-        weight = sum(float(batch.loss_weight.sum(dtype=torch.float64)) for batch in batches)
-        tokens = sum(int((batch.loss_weight != 0).sum()) for batch in batches)
+        counted = batches if self.context.counts else ()
+        weight = sum(float(batch.loss_weight.sum(dtype=torch.float64)) for batch in counted)
+        tokens = sum(int((batch.loss_weight != 0).sum()) for batch in counted)
         count = len(batches)
         mine = torch.tensor([weight, tokens, float(stop), count, count**2], dtype=torch.float64, device=self.device)
         dist.all_reduce(mine)
@@ -155,15 +160,18 @@ def create_engine(
             timeout=PROCESS_GROUP_TIMEOUT,
         )
         _number_from_zero()
-        train = config.train
-        module = build_model(config.model, vocabulary_size, config.run.seed, train.label_smoothing, train.z_loss)
+        context = join(_mesh(config), PROCESS_GROUP_TIMEOUT)
+        train, seed = config.train, config.run.seed
+        losses = (train.label_smoothing, train.z_loss)
+        module = build_model(config.model, vocabulary_size, seed, *losses, tensor=context.tensor)
         if initial is not None:
             module.load(initial)
         module = module.to(device)
         optimizer = build_optimizer(module, config.optimizer)
-        engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=deepspeed_config(config))
+        unit = ModelParallelUnit(context) if context.tensor.size > 1 else None
+        engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=deepspeed_config(config), mpu=unit)
     logging.info("engine on %s, shared-memory operator %s", device, "loaded" if used else "off: going without it")
-    result = Engine(module, engine, device)
+    result = Engine(module, engine, device, context)
     if isinstance(optimizer, MuonAdamW):
         optimizer.lay_out(muon_pieces(result))
     return result
@@ -207,9 +215,11 @@ def _quiet() -> Any:
         logging.debug("deepspeed: %s", line)
 
 
-def _full_size(parameter: torch.nn.Parameter) -> int:
-    """Elements of the whole parameter, also where ZeRO-3 keeps a part of it here."""
-    return int(getattr(parameter, "ds_numel", parameter.numel()))
+def _mesh(config: RunConfig) -> Mesh:
+    """The mesh of this process group: as many replicas as its ranks make."""
+    tensor, ranks = config.parallelism.tensor, dist.get_world_size()
+    assert ranks % tensor == 0, f"{ranks} ranks are no whole replicas of {tensor} tensor ranks"
+    return Mesh(data=ranks // tensor, tensor=tensor)
 
 
 def _advice(learning_rate: float) -> str:

@@ -235,6 +235,15 @@ def test_capacity_counts_whole_ranks_per_node_and_says_how_many_fit(tmp_path):
     check_capacity(config_of(tmp_path, "cluster.device=cuda"), [Node("g", 8, 2)], "it", embedded=False)
 
 
+def test_capacity_keeps_tensor_ranks_on_one_node(tmp_path):
+    config = config_of(tmp_path, "parallelism.data=2", "parallelism.tensor=2", "cluster.device=cpu")
+    check_capacity(config, [Node("a", 2, 0), Node("b", 3, 0)], "it", embedded=False)
+    with pytest.raises(CapacityError, match=r"4 ranks .* 2 ranks \(parallelism\.tensor\) on one node; it .*data to 1"):
+        check_capacity(config, [Node("a", 3, 0), Node("b", 1, 0)], "it", embedded=False)
+    with pytest.raises(CapacityError, match=r"room for 0 ranks; lower cluster\.cpus_per_rank or parallelism\.tensor"):
+        check_capacity(config, [Node("a", 1, 0)] * 4, "it", embedded=False)
+
+
 def test_a_local_folder_on_several_nodes_must_be_declared_shared(tmp_path):
     nodes = [Node("a", 3, 0), Node("b", 3, 0)]
     with pytest.raises(ConfigError, match=r"cluster\.shared_filesystem"):
