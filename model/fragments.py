@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cluster.commit import CheckpointError
 from model.muon import MOMENTUM, Piece
-from model.sliced import Part, full_shape, part_of
+from model.sliced import Part, full_shape, is_copy, part_of
 
 if TYPE_CHECKING:
     from model.engine import Engine
@@ -79,9 +79,10 @@ class _Place:
 
 
 def owned_fragments(engine: Engine) -> list[Fragment]:
-    """`fragments` without those that the first tensor rank of this replica has too."""
+    """`fragments` without those that the first tensor rank of this stage, or an earlier stage, has too."""
     counts = engine.context.counts
-    return [piece for piece in fragments(engine) if piece.part is not None or counts]
+    copies = {name for name, parameter in engine.module.named_parameters() if is_copy(parameter)}
+    return [piece for piece in fragments(engine) if (piece.part is not None or counts) and piece.name not in copies]
 
 
 def fragments(engine: Engine) -> list[Fragment]:
@@ -192,7 +193,7 @@ def _places(engine: Engine) -> Iterator[_Place]:
 
 
 def _check_shapes(engine: Engine, stored: dict[str, tuple[int, ...]]) -> None:
-    expected = {name: full_shape(p) for name, p in engine.module.named_parameters()}
+    expected = engine.shapes
     if stored == expected:
         return
     for name in sorted(stored.keys() | expected.keys()):

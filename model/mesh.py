@@ -6,6 +6,7 @@ those of one model replica follow each other, and pipeline neighbours are one te
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, NamedTuple
@@ -55,6 +56,10 @@ class Mesh:
             found.setdefault(self.place(rank)._replace(**{axis: 0}), []).append(rank)
         return list(found.values())
 
+    def stages(self) -> list[list[int]]:
+        """Ranks that hold the same layers, by stage."""
+        return [[rank for rank in range(self.size) if self.place(rank).pipeline == at] for at in range(self.pipeline)]
+
 
 @dataclass(frozen=True)
 class Axis:
@@ -76,11 +81,18 @@ class ParallelContext:
     pipeline: Axis = ALONE
     tensor: Axis = ALONE
     mesh: Mesh = field(default_factory=Mesh)
+    stage_group: Any = None
+    """Process group of the ranks that hold the same layers, all data and tensor ranks; None: all ranks."""
 
     @property
     def counts(self) -> bool:
-        """Whether what all tensor ranks of a replica know alike is to be counted here."""
+        """Whether what all tensor ranks of a stage know alike is to be counted here."""
         return self.tensor.rank == 0
+
+    @property
+    def speaks(self) -> bool:
+        """Whether what all ranks of a replica know alike is to be counted here."""
+        return self.tensor.rank == 0 and self.pipeline.rank == 0
 
 
 def join(mesh: Mesh, timeout: timedelta) -> ParallelContext:
@@ -88,7 +100,14 @@ def join(mesh: Mesh, timeout: timedelta) -> ParallelContext:
     assert dist.get_world_size() == mesh.size, f"{dist.get_world_size()} ranks for {mesh}"
     place = mesh.place(dist.get_rank())
     axes = {axis: _axis(mesh, axis, getattr(place, axis), timeout) for axis in AXES}
-    return ParallelContext(**axes, mesh=mesh)
+    stage = new_groups(mesh.stages(), timeout) if mesh.pipeline > 1 else None
+    return ParallelContext(**axes, mesh=mesh, stage_group=stage)
+
+
+def new_groups(lines: Sequence[Sequence[int]], timeout: timedelta) -> Any:
+    """Make a process group of each line of ranks, on all ranks together; returns that of this rank, or None."""
+    groups = [(line, dist.new_group(list(line), timeout=timeout)) for line in lines]
+    return next((group for line, group in groups if dist.get_rank() in line), None)
 
 
 def _axis(mesh: Mesh, axis: str, coordinate: int, timeout: timedelta) -> Axis:
@@ -97,10 +116,8 @@ def _axis(mesh: Mesh, axis: str, coordinate: int, timeout: timedelta) -> Axis:
         return Axis(size, coordinate, dist.group.WORLD)
     if size == 1 and axis != "data":
         return ALONE
-    # DeepSpeed wants a group of data ranks also where that is one rank. All ranks must make all groups.
-    groups = [dist.new_group(line, timeout=timeout) for line in lines]
-    (mine,) = (group for group, line in zip(groups, lines, strict=True) if dist.get_rank() in line)
-    return Axis(size, coordinate, mine)
+    # DeepSpeed wants a group of data ranks also where that is one rank.
+    return Axis(size, coordinate, new_groups(lines, timeout))
 
 
 class ModelParallelUnit:

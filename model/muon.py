@@ -65,18 +65,22 @@ class MuonAdamW(torch.optim.AdamW):
     def __init__(self, groups: list[dict[str, Any]], **shared: Any) -> None:
         super().__init__(groups, **shared)
         self._pieces: dict[Tensor, list[tuple[Piece, bool]]] = {}
+        self._group: Any = None
 
-    def lay_out(self, pieces: Mapping[Tensor, Sequence[Piece]]) -> None:
-        """Say what this rank's flat partitions hold; on all ranks together, with the matrices in the same order."""
+    def lay_out(self, pieces: Mapping[Tensor, Sequence[Piece]], group: Any = None) -> None:
+        """Say what this rank's flat partitions hold; on all ranks of the process group `group` (None: of all) together,
+        with the matrices in the same order.
+        """
         self._pieces.clear()
+        self._group = group
         for partition, own in pieces.items():
             holders = torch.tensor([float(piece.numel > 0) for piece in own], device=partition.device)
-            dist.all_reduce(holders)
+            dist.all_reduce(holders, group=group)
             self._pieces[partition] = list(zip(own, (holders > 1).tolist(), strict=True))
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
-        """One step of what has gradients; on all ranks together."""
+        """One step of what has gradients; on all ranks that were laid out together."""
         groups = self.param_groups
         for group in groups:
             if group.get("muon"):
@@ -106,7 +110,7 @@ class MuonAdamW(torch.optim.AdamW):
                 there.copy_(here)
             if is_shared:
                 # Each element is of one rank and 0 on all others: the sum is exact.
-                dist.all_reduce(whole)
+                dist.all_reduce(whole, group=self._group)
             if piece.numel:
                 for update, here in piece.views(orthogonalised(whole), partition):
                     here.add_(update, alpha=-rate * 0.2 * math.sqrt(max(piece.shape)))

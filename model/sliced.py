@@ -61,6 +61,17 @@ def slice_of(parameter: Tensor) -> Slice | None:
     return getattr(parameter, "sliced", None)
 
 
+def mark_copy(parameter: nn.Parameter) -> None:
+    """Record that an earlier stage of the pipeline holds the same parameter: a tied embedding matrix."""
+    # What DeepSpeed looks at when it counts each element of the gradient once.
+    parameter.ds_pipe_replicated = True
+
+
+def is_copy(parameter: Tensor) -> bool:
+    """Whether an earlier stage holds the same parameter."""
+    return getattr(parameter, "ds_pipe_replicated", False)
+
+
 def local_shape(parameter: Tensor) -> tuple[int, ...]:
     """Shape of this tensor rank's part, also where ZeRO-3 keeps a flat piece of it here."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))

@@ -77,6 +77,7 @@ def build_layers(
     ]
 
 
+EMBEDDING, HEAD = "embedding", "head"
 NORMAL_STD = 0.02
 ONTO_RESIDUAL = (".output.weight", ".outer.weight")
 
@@ -108,10 +109,19 @@ def initial_parameter(name: str, shape: torch.Size, seed: int, model: ModelSecti
     return result.uniform_(-bound, bound, generator=random)
 
 
+class Matrix(nn.Module):
+    """Nothing but a parameter, `weight`."""
+
+    def __init__(self, weight: nn.Parameter) -> None:
+        super().__init__()
+        self.weight = weight
+
+
 class Transformer(nn.Module):
     """Runs a list of layers in order; the embedding matrix is one parameter, `embedding.weight`, wherever it serves.
 
-    Of every parameter the module holds what this rank of `tensor` has: `model.sliced` says which part that is.
+    Of every parameter the module holds what this rank of `tensor` has: `model.sliced` says which part that is. A list
+    that is a stage of a pipeline makes a module of that stage, whose parameters have the names of the whole model.
     """
 
     def __init__(
@@ -121,14 +131,26 @@ class Transformer(nn.Module):
         self.section = section
         embedding = vocabulary_matrix(vocabulary_size, section.d_model, tensor)
         self.names = [spec.name for spec in layers]
-        for spec in layers:
-            self.add_module(spec.name, spec.build(embedding))
+        built = [spec.build(embedding) for spec in layers]
+        if self.names[0] != EMBEDDING and any(own is embedding for layer in built for own in layer.parameters()):
+            # A later stage that uses the matrix: the first to name it gives it the name that it has everywhere.
+            self.add_module(EMBEDDING, Matrix(embedding))
+        for name, layer in zip(self.names, built, strict=True):
+            self.add_module(name, layer)
 
     @torch.no_grad()
     def initialise(self, seed: int) -> None:
         """Set every parameter to what its name and the run's seed give, or to this rank's part of that."""
         for name, parameter in self.named_parameters():
             _set(parameter, initial_parameter(name, torch.Size(full_shape(parameter)), seed, self.section))
+
+    def begin(self, seed: int, initial: Mapping[str, Tensor] | None) -> None:
+        """Set every parameter from those of the whole model in `initial`, else from the run's seed."""
+        if initial is None:
+            self.initialise(seed)
+        else:
+            own = {name for name, _ in self.named_parameters()}
+            self.load({name: tensor for name, tensor in initial.items() if name in own})
 
     @torch.no_grad()
     def load(self, parameters: Mapping[str, Tensor]) -> None:
@@ -154,9 +176,13 @@ class Transformer(nn.Module):
 
         `key` int64 `[2]` on the CPU (step, micro-batch) seeds dropout; needed while training only.
         """
-        state = (*inputs, torch.zeros(2, dtype=torch.int64) if key is None else key)
-        for layer in self.layers()[:-1]:
-            state = layer(state)
+        return self.passed((*inputs, torch.zeros(2, dtype=torch.int64) if key is None else key))
+
+    def passed(self, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """What `state` becomes in these layers, the head left out."""
+        for name in self.names:
+            if name != HEAD:
+                state = getattr(self, name)(state)
         return state
 
     def forward(self, inputs: Inputs, key: Tensor | None, labels: Tensor, loss_weight: Tensor) -> LossSums:
@@ -171,6 +197,13 @@ class Transformer(nn.Module):
 def _set(parameter: nn.Parameter, whole: Tensor) -> None:
     part = slice_of(parameter)
     parameter.copy_(whole if part is None else part.of(whole))
+
+
+def parameter_shapes(model: ModelSection, vocabulary_size: int) -> dict[str, tuple[int, ...]]:
+    """Full shape of every parameter of the whole model by name; no memory is taken for them."""
+    with torch.device("meta"):
+        whole = Transformer(build_layers(model, 0), vocabulary_size, model)
+    return {name: tuple(parameter.shape) for name, parameter in whole.named_parameters()}
 
 
 def build_model(

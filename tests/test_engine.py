@@ -8,7 +8,8 @@ from configs.load import parse_config
 from configs.schema import RunConfig
 from model.batch import ModelBatch
 from model.deepspeed_config import deepspeed_config
-from model.engine import TrainingError, create_engine
+from model.engine import create_engine
+from model.step import TrainingError
 from model.transformer import build_model
 from tests.gloo_pool import GlooPool, gloo_pool  # noqa: F401
 
