@@ -35,15 +35,16 @@ def check_capacity(config: RunConfig, nodes: Sequence[Node], where: str, embedde
     if device == "auto":
         device = "cuda" if any(node.gpus >= 1 for node in nodes) else "cpu"
     ranks, each, tensor = config.parallelism.ranks, config.cluster.cpus_per_rank, config.parallelism.tensor
-    # Tensor ranks of a replica stand on one node.
-    replicas = sum(_fits(node, each, device) // tensor for node in nodes)
-    room = replicas * tensor
+    # Tensor ranks of a stage stand on one node.
+    room = sum(_fits(node, each, device) // tensor for node in nodes) * tensor
+    replicas = room // config.parallelism.ranks_per_replica
     if room >= ranks:
         return
     cpus, gpus = sum(node.cpus for node in nodes), sum(node.gpus for node in nodes)
     have = f"{cpus:g} logical CPUs" + (f" and {gpus:g} GPUs" if device == "cuda" else "")
     needs = f"{ranks * each} CPUs" + (f" and {ranks} GPUs" if device == "cuda" else "")
-    lower = "lower cluster.cpus_per_rank" + (" or parallelism.tensor" if tensor > 1 else "")
+    axes = [axis for axis in ("pipeline", "tensor") if getattr(config.parallelism, axis) > 1]
+    lower = " or ".join(["lower cluster.cpus_per_rank", *(f"parallelism.{axis}" for axis in axes)])
     fix = f"set parallelism.data to {replicas}" if replicas else lower
     if embedded:
         fix += (

@@ -5,7 +5,7 @@ from __future__ import annotations
 from configs.model_section import ModelSection
 
 
-def pipeline_problem(stages: int, zero_stage: int, model: ModelSection, optimizer: str) -> str | None:
+def pipeline_problem(stages: int, zero_stage: int, model: ModelSection) -> str | None:
     """Why `stages` of this model cannot be trained, naming the field and the fix; None: they can."""
     if stages == 1:
         return None

@@ -276,7 +276,8 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _stages_can_be_cut(self) -> RunConfig:
-        problem = pipeline_problem(self.parallelism.pipeline, self.parallelism.zero_stage, self.model, self.optimizer.name)
+        ranks = self.parallelism
+        problem = pipeline_problem(ranks.pipeline, ranks.zero_stage, self.model)
         if problem is not None:
             raise ValueError(problem)
         return self

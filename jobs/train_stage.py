@@ -9,7 +9,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from cluster import commit
-from cluster.placement import RankResources, rank_resources, release, reserve
+from cluster.placement import RankResources, RankSlot, rank_resources, rank_slots, release, reserve
 from cluster.storage import Storage
 from configs.errors import RunStopped, TelarError
 from configs.schema import RunConfig
@@ -110,17 +110,12 @@ class TrainStage:
             attempt=attempt, world_size=world_size, state="training", step=start, last_commit_step=start or None
         )
         timeout = config.elastic.start_timeout_seconds
-        tensor = config.parallelism.tensor
-        groups = reserve(resources, config.parallelism.data, tensor, label, timeout)
+        groups = reserve(resources, config.parallelism, label, timeout)
         servers = None
         try:
             servers = start_servers(config, self._storage, self._manifest, label)
-            # In the order of ranks: those that share a replica's tensors follow each other.
-            self._workers = [
-                self._spawn(resources, group, bundle, f"{label}/dp{replica}-tp{bundle}")
-                for replica, group in enumerate(groups)
-                for bundle in range(tensor)
-            ]
+            slots = rank_slots(groups, config.parallelism, label)
+            self._workers = [self._spawn(resources, slot) for slot in slots]
             places = self._wait([worker.prepare.remote(operators) for worker in self._workers], timeout)
             master = (places[0]["address"], places[0]["port"])
             seen: Counter[str] = Counter()
@@ -152,17 +147,17 @@ class TrainStage:
             stop_servers(servers)
             release(groups)
 
-    def _spawn(self, resources: RankResources, group: Any, bundle: int, name: str) -> Any:
+    def _spawn(self, resources: RankResources, slot: RankSlot) -> Any:
         threads = str(self._config.train.threads_per_rank)
         environment = {"OMP_NUM_THREADS": threads}
         if not resources.gpus:
             environment["DS_ACCELERATOR"] = "cpu"
         return TrainWorker.options(
-            name=name,
+            name=slot.name,
             namespace="telar",
             num_cpus=resources.cpus,
             num_gpus=resources.gpus,
-            scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle),
+            scheduling_strategy=PlacementGroupSchedulingStrategy(slot.group, placement_group_bundle_index=slot.bundle),
             runtime_env={"env_vars": {"OMP_NUM_THREADS": threads}},
         ).remote(environment)
 

@@ -27,9 +27,7 @@ def is_block(name: str) -> bool:
     return name.rpartition("_")[2].isdecimal()
 
 
-def layer_costs(
-    model: ModelSection, vocabulary_size: int, source_tokens: int, target_tokens: int
-) -> dict[str, float]:
+def layer_costs(model: ModelSection, vocabulary_size: int, source_tokens: int, target_tokens: int) -> dict[str, float]:
     """Floating-point operations of a forward pass over one full row, by layer in the order of the model.
 
     Two per element of a matrix and token, four per dimension of the width and pair of query and key. Backward passes

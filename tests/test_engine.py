@@ -19,7 +19,15 @@ RATE = 3e-3
 
 
 def make_config(
-    dropout=0.0, zero_stage=1, precision="fp32", clipping=0.5, weight_decay=0.01, tensor=1, model=None, **run
+    dropout=0.0,
+    zero_stage=1,
+    precision="fp32",
+    clipping=0.5,
+    weight_decay=0.01,
+    tensor=1,
+    pipeline=1,
+    model=None,
+    **run,
 ) -> RunConfig:
     return parse_config(
         {
@@ -36,7 +44,7 @@ def make_config(
                 "dropout": dropout,
                 **(model or {}),
             },
-            "parallelism": {"data": 1, "tensor": tensor, "zero_stage": zero_stage},
+            "parallelism": {"data": 1, "pipeline": pipeline, "tensor": tensor, "zero_stage": zero_stage},
             # With the paper's eps of 1e-9 Adam turns the rounding of gradients that are 0 (key biases) into steps.
             "optimizer": {"gradient_clipping": clipping, "weight_decay": weight_decay, "eps": 1e-6},
             "train": {
@@ -92,12 +100,16 @@ def gathered(engine):
 
     with deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
         own = {name: p.detach().float().clone().numpy() for name, p in engine.module.named_parameters()}
-    axis = engine.context.tensor
-    if axis.size == 1:
-        return own
-    found = [None] * axis.size
-    torch.distributed.all_gather_object(found, own, group=axis.group)
     whole = {}
+    for stage in among(engine.context.pipeline, own_to_whole(engine, own)):
+        for name, value in stage.items():
+            assert (whole.setdefault(name, value) == value).all(), f"{name} differs between stages"
+    return whole
+
+
+def own_to_whole(engine, own):
+    """This stage's parameters, put together from its tensor ranks."""
+    found, whole = among(engine.context.tensor, own), {}
     for name, parameter in engine.module.named_parameters():
         parts = [one[name] for one in found]
         if hasattr(parameter, "sliced"):
@@ -106,6 +118,15 @@ def gathered(engine):
             assert all((part == parts[0]).all() for part in parts), f"{name} differs between tensor ranks"
             whole[name] = parts[0]
     return whole
+
+
+def among(axis, value):
+    """What all ranks along the axis have."""
+    if axis.size == 1:
+        return [value]
+    found = [None] * axis.size
+    torch.distributed.all_gather_object(found, value, group=axis.group)
+    return found
 
 
 def train_with_engine(config, count, rank_stops_at=None):

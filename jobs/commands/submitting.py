@@ -193,7 +193,7 @@ def check_embedded_capacity(config: RunConfig) -> None:
         raise ConfigError(
             f"cluster.local_cpus: {ranks} ranks x {each} CPUs need {ranks * each} logical CPUs, the embedded cluster "
             f"has {have}; set cluster.local_cpus to {ranks * each} or parallelism.data to "
-            f"{max(1, have // (each * config.parallelism.tensor))}"
+            f"{max(1, have // (each * config.parallelism.ranks_per_replica))}"
         )
 
 
