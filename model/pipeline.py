@@ -8,9 +8,11 @@ of another dtype when shapes vary), and the update waits until all ranks know th
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
+import torch.distributed as dist
 from deepspeed.pipe import PipelineModule
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.pipe import schedule
@@ -175,7 +177,23 @@ def one_stage(
         config=settings,
         config_class=DeepSpeedConfig(settings, module.mpu()),
     )
+    if hasattr(engine.optimizer, "scaled_global_norm"):
+        engine.optimizer.scaled_global_norm = partial(_global_norm, engine.optimizer)
     return stage, engine
+
+
+def _global_norm(optimizer: Any) -> Tensor:
+    """L2 norm of the whole model's gradient by one exchange between stages.
+
+    DeepSpeed's own makes one for each parameter group, and stages may have different numbers of these.
+    """
+    stages, optimizer.model_parallel_group = optimizer.model_parallel_group, None
+    try:
+        square = type(optimizer).scaled_global_norm(optimizer) ** 2
+    finally:
+        optimizer.model_parallel_group = stages
+    dist.all_reduce(square, group=stages)
+    return square.sqrt()
 
 
 def embedding_stages(config: RunConfig, names: Sequence[Sequence[str]]) -> list[int]:
