@@ -191,22 +191,25 @@ def test_a_finished_run_resumed_with_more_steps_equals_one_long_run(project, und
 
 
 @pytest.mark.slow
-def test_replicas_of_tensor_ranks_train_the_same_model(project, undisturbed):
-    submit(project, "tensor", "--set", "parallelism.tensor=2")
-    assert sorted(path.name for path in (project / "runs/tensor/logs").glob("rank-*.log")) == [
+def test_stages_of_tensor_ranks_train_the_same_model(project, undisturbed):
+    submit(project, "shared", "--set", "parallelism={data: 1, pipeline: 2, tensor: 2}")
+    assert sorted(path.name for path in (project / "runs/shared/logs").glob("rank-*.log")) == [
         f"rank-{rank:05d}.log" for rank in range(4)
     ]
-    (started,) = (event for event in events(project, "tensor") if event["event"] == "ranks_started")
+    (started,) = (event for event in events(project, "shared") if event["event"] == "ranks_started")
     assert len(set(started["pids"])) == 4
-    for one, other in zip(metrics(project, undisturbed), metrics(project, "tensor"), strict=True):
+    for one, other in zip(metrics(project, undisturbed), metrics(project, "shared"), strict=True):
         assert one["loss"] == pytest.approx(other["loss"], abs=1e-5)
         assert one["grad_norm"] == pytest.approx(other["grad_norm"], abs=1e-5)
         assert one["tokens"] == other["tokens"]
-    first, second = parameters(project, undisturbed, 6), parameters(project, "tensor", 6)
+    first, second = parameters(project, undisturbed, 6), parameters(project, "shared", 6)
     assert first.keys() == second.keys()
     assert all((first[name] - second[name]).abs().max() < 1e-4 for name in first)
-    # The checkpoint of slices was evaluated, in whole.
-    assert (project / "runs/tensor/evaluation/results.json").is_file()
+    # The checkpoint of stages and slices was evaluated, in whole, and two replicas go on from it.
+    assert (project / "runs/shared/evaluation/results.json").is_file()
+    more = ["--set", "parallelism={data: 2}", "--set", "train.steps=7", "--stage", "train", "--wait"]
+    telar(project, "submit", "--resume", "shared", *more)
+    assert metrics(project, "shared")[-1]["step"] == 7 and metrics(project, "shared")[-1]["world_size"] == 2
 
 
 def wait_for(condition, what, seconds=120):

@@ -63,10 +63,10 @@ def test_two_plain_processes_train_commit_and_resume(project):
 
 
 @pytest.mark.slow
-def test_tensor_ranks_and_then_one_rank_train_as_one_process_does(project):
-    """Two replicas of two tensor ranks, whose checkpoint one process resumes."""
+def test_stages_of_tensor_ranks_and_then_one_rank_train_as_one_process_does(project):
+    """Two stages of two tensor ranks, whose checkpoint one process resumes."""
     run(project, "alone", "--set", "parallelism.data=1")
-    run(project, "shared", "--set", "parallelism.tensor=2", "--set", "train.steps=3")
+    run(project, "shared", "--set", "parallelism={data: 1, pipeline: 2, tensor: 2}", "--set", "train.steps=3")
     run(project, "shared", "--set", "parallelism.data=1", "--resume")
     alone, found = losses(project, "alone"), losses(project, "shared")
     assert found == pytest.approx(alone, abs=1e-4)
