@@ -24,7 +24,7 @@ class RankResources:
     cpus: int
     gpus: int
 
-    def bundle(self, ranks: int) -> dict[str, float]:
+    def bundle(self, ranks: int = 1) -> dict[str, float]:
         """The resources of so many ranks as a placement group's bundle."""
         return {"CPU": ranks * self.cpus, **({"GPU": ranks * self.gpus} if self.gpus else {})}
 
@@ -64,10 +64,10 @@ def rank_resources(config: RunConfig, totals: dict[str, float]) -> RankResources
 
 
 def reserve(
-    resources: RankResources, parallelism: ParallelismSection, label: str, timeout_seconds: float
+    resources: RankResources, replicas: int, parallelism: ParallelismSection, label: str, timeout_seconds: float
 ) -> list[PlacementGroup]:
     """Reserve one group per replica; raises CapacityError, with nothing kept, when they are not free in time."""
-    replicas, stages, bundle = parallelism.data, parallelism.pipeline, resources.bundle(parallelism.tensor)
+    stages, bundle = parallelism.pipeline, resources.bundle(parallelism.tensor)
     groups = [placement_group([bundle] * stages, strategy="PACK", name=f"{label}/dp{i}") for i in range(replicas)]
     deadline = time.monotonic() + timeout_seconds
     ready = sum(group.wait(max(0.1, deadline - time.monotonic())) for group in groups)

@@ -110,7 +110,7 @@ class TrainStage:
             attempt=attempt, world_size=world_size, state="training", step=start, last_commit_step=start or None
         )
         timeout = config.elastic.start_timeout_seconds
-        groups = reserve(resources, config.parallelism, label, timeout)
+        groups = reserve(resources, config.parallelism.data, config.parallelism, label, timeout)
         servers = None
         try:
             servers = start_servers(config, self._storage, self._manifest, label)

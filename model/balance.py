@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import cache
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 from configs.schema import ModelSection, RunConfig
 from model.transformer import EMBEDDING, HEAD, build_layers, parameter_shapes
@@ -79,24 +79,29 @@ def balanced(costs: Sequence[float], anchors: Sequence[bool], stages: int) -> li
     if sum(anchors) < stages:
         raise ValueError(f"{stages} stages of {sum(anchors)} layers")
     count = len(costs)
+    totals = [0.0, *accumulate(costs)]
 
     @cache
-    def best(start: int, left: int) -> tuple[float, float, tuple[int, ...]] | None:
-        """Dearest run, sum of squares and bounds of layers `start ..` in `left` runs; None when it cannot be."""
+    def best(start: int, left: int) -> tuple[float, float, int] | None:
+        """Dearest run, sum of squares and end of the first run of layers `start ..` in `left` runs, if that can be."""
         found = None
-        stops = range(count, start, -1) if left > 1 else (count,)
-        for stop in stops:
+        for stop in range(count, start, -1) if left > 1 else (count,):
             if not any(anchors[start:stop]):
                 break
-            rest = best(stop, left - 1) if left > 1 else (0.0, 0.0, ())
+            cost = totals[stop] - totals[start]
+            if found is not None and cost > found[0]:
+                continue
+            rest = best(stop, left - 1) if left > 1 else (0.0, 0.0, count)
             if rest is None:
                 continue
-            cost = sum(costs[start:stop])
-            candidate = (max(cost, rest[0]), cost**2 + rest[1], (stop, *rest[2]))
-            if found is None or candidate[:2] < found[:2]:
-                found = candidate
+            price = (max(cost, rest[0]), cost**2 + rest[1])
+            if found is None or price < found[:2]:
+                found = (*price, stop)
         return found
 
-    result = best(0, stages)
-    assert result is not None
-    return [0, *result[2]]
+    bounds = [0]
+    for left in range(stages, 0, -1):
+        chosen = best(bounds[-1], left)
+        assert chosen is not None
+        bounds.append(chosen[2])
+    return bounds

@@ -204,7 +204,10 @@ def test_stages_of_tensor_ranks_train_the_same_model(project, undisturbed):
         assert one["tokens"] == other["tokens"]
     first, second = parameters(project, undisturbed, 6), parameters(project, "shared", 6)
     assert first.keys() == second.keys()
-    assert all((first[name] - second[name]).abs().max() < 1e-4 for name in first)
+    # Gradients of key biases are 0 but for rounding, which Adam's eps of 1e-9 turns into steps.
+    assert [
+        name for name in first if not name.endswith("key.bias") and (first[name] - second[name]).abs().max() >= 1e-4
+    ] == []
     # The checkpoint of stages and slices was evaluated, in whole, and two replicas go on from it.
     assert (project / "runs/shared/evaluation/results.json").is_file()
     more = ["--set", "parallelism={data: 2}", "--set", "train.steps=7", "--stage", "train", "--wait"]
