@@ -34,14 +34,18 @@ def check_capacity(config: RunConfig, nodes: Sequence[Node], where: str, embedde
     device = config.cluster.device
     if device == "auto":
         device = "cuda" if any(node.gpus >= 1 for node in nodes) else "cpu"
-    ranks, each = config.parallelism.data, config.cluster.cpus_per_rank
-    room = sum(_fits(node, each, device) for node in nodes)
+    ranks, each, tensor = config.parallelism.ranks, config.cluster.cpus_per_rank, config.parallelism.tensor
+    # Tensor ranks of a stage stand on one node.
+    room = sum(_fits(node, each, device) // tensor for node in nodes) * tensor
+    replicas = room // config.parallelism.ranks_per_replica
     if room >= ranks:
         return
     cpus, gpus = sum(node.cpus for node in nodes), sum(node.gpus for node in nodes)
     have = f"{cpus:g} logical CPUs" + (f" and {gpus:g} GPUs" if device == "cuda" else "")
     needs = f"{ranks * each} CPUs" + (f" and {ranks} GPUs" if device == "cuda" else "")
-    fix = f"set parallelism.data to {room}" if room else "lower cluster.cpus_per_rank"
+    axes = [axis for axis in ("pipeline", "tensor") if getattr(config.parallelism, axis) > 1]
+    lower = " or ".join(["lower cluster.cpus_per_rank", *(f"parallelism.{axis}" for axis in axes)])
+    fix = f"set parallelism.data to {replicas}" if replicas else lower
     if embedded:
         fix += (
             f", or give the embedded cluster more logical CPUs: `telar down`, then submit with "
@@ -50,7 +54,9 @@ def check_capacity(config: RunConfig, nodes: Sequence[Node], where: str, embedde
     else:
         fix += ", or add nodes"
     raise CapacityError(
-        f"parallelism.data: {ranks} ranks of cluster.cpus_per_rank = {each} need {needs}; {where} has {have} on "
+        f"parallelism.data: {ranks} ranks of cluster.cpus_per_rank = {each} need {needs}"
+        + (f", {tensor} ranks (parallelism.tensor) on one node" if tensor > 1 else "")
+        + f"; {where} has {have} on "
         f"{len(nodes)} node{'s' if len(nodes) != 1 else ''}, room for {room} rank{'s' if room != 1 else ''}; {fix}"
     )
 

@@ -1,15 +1,20 @@
-"""Placement groups of training ranks: one group per model replica, so that a replica starts whole or not at all."""
+"""Placement groups of training ranks: one group per model replica, so that a replica starts whole or not at all.
+
+A bundle holds the tensor ranks of one pipeline stage, which exchange activations in every layer: they stand on one
+node. The stages of a replica, which hand on activations once, stand on as few nodes as there is room on.
+"""
 
 from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
 from configs.errors import CapacityError
-from configs.schema import RunConfig
+from configs.schema import ParallelismSection, RunConfig
 
 
 @dataclass(frozen=True)
@@ -19,9 +24,17 @@ class RankResources:
     cpus: int
     gpus: int
 
-    def bundle(self) -> dict[str, float]:
-        """The resources as a placement group's bundle."""
-        return {"CPU": self.cpus, **({"GPU": self.gpus} if self.gpus else {})}
+    def bundle(self, ranks: int = 1) -> dict[str, float]:
+        """The resources of so many ranks as a placement group's bundle."""
+        return {"CPU": ranks * self.cpus, **({"GPU": ranks * self.gpus} if self.gpus else {})}
+
+
+class RankSlot(NamedTuple):
+    """Where a rank starts, and its actor's name."""
+
+    group: PlacementGroup
+    bundle: int
+    name: str
 
 
 def rank_resources(config: RunConfig, totals: dict[str, float]) -> RankResources:
@@ -33,7 +46,7 @@ def rank_resources(config: RunConfig, totals: dict[str, float]) -> RankResources
     if device == "auto":
         device = "cuda" if totals.get("GPU", 0) >= 1 else "cpu"
     wanted = RankResources(config.cluster.cpus_per_rank, 1 if device == "cuda" else 0)
-    ranks = config.parallelism.data
+    ranks, each_replica = config.parallelism.ranks, config.parallelism.ranks_per_replica
     for name, each, field in (("CPU", wanted.cpus, "cpus_per_rank"), ("GPU", wanted.gpus, "device: cuda")):
         have = int(totals.get(name, 0))
         if each and not have:
@@ -44,25 +57,40 @@ def rank_resources(config: RunConfig, totals: dict[str, float]) -> RankResources
         if ranks * each > have:
             raise CapacityError(
                 f"parallelism.data: {ranks} ranks x {each} {name} (cluster.{field}) need {ranks * each} {name}s, the "
-                f"cluster has {have}; set parallelism.data to {max(1, have // each)} or add nodes"
+                f"cluster has {have}; set parallelism.data to {max(1, have // (each * each_replica))} or add nodes"
                 + ("; on the embedded cluster raise cluster.local_cpus" if name == "CPU" else "")
             )
     return wanted
 
 
-def reserve(resources: RankResources, replicas: int, label: str, timeout_seconds: float) -> list[PlacementGroup]:
+def reserve(
+    resources: RankResources, replicas: int, parallelism: ParallelismSection, label: str, timeout_seconds: float
+) -> list[PlacementGroup]:
     """Reserve one group per replica; raises CapacityError, with nothing kept, when they are not free in time."""
-    groups = [placement_group([resources.bundle()], strategy="PACK", name=f"{label}/dp{i}") for i in range(replicas)]
+    stages, bundle = parallelism.pipeline, resources.bundle(parallelism.tensor)
+    groups = [placement_group([bundle] * stages, strategy="PACK", name=f"{label}/dp{i}") for i in range(replicas)]
     deadline = time.monotonic() + timeout_seconds
     ready = sum(group.wait(max(0.1, deadline - time.monotonic())) for group in groups)
     if ready < replicas:
         release(groups)
+        wanted = f"{bundle} free on one node" if stages == 1 else f"{stages} x {bundle} free, each on one node,"
         raise CapacityError(
-            f"only {ready} of {replicas} replicas found {resources.bundle()} free within {timeout_seconds:.0f} s; "
+            f"only {ready} of {replicas} replicas found {wanted} within {timeout_seconds:.0f} s; "
             f"available now: {_short(ray.available_resources())}; stop other work on the cluster or lower "
             "parallelism.data"
         )
     return groups
+
+
+def rank_slots(groups: list[PlacementGroup], parallelism: ParallelismSection, label: str) -> list[RankSlot]:
+    """A slot for each rank, in the order of ranks: data slowest, then pipeline, then tensor."""
+    alone = parallelism.ranks_per_replica == 1
+    return [
+        RankSlot(group, stage, f"{label}/dp{replica}" + ("" if alone else f"-pp{stage}-tp{tensor}"))
+        for replica, group in enumerate(groups)
+        for stage in range(parallelism.pipeline)
+        for tensor in range(parallelism.tensor)
+    ]
 
 
 def release(groups: list[PlacementGroup]) -> None:

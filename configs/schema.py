@@ -12,6 +12,7 @@ from pydantic import Field, field_validator, model_validator
 from configs.data_section import CorpusSection, DataSection, TokenizerSection, WeightChange
 from configs.images_section import ImagesSection
 from configs.model_section import AttentionSection, ModelSection
+from configs.pipeline_limits import pipeline_problem
 from configs.section import NAME_PATTERN, Fraction, PositiveInt, Section
 
 __all__ = ["AttentionSection", "CorpusSection", "DataSection", "ModelSection", "TokenizerSection", "WeightChange"]
@@ -58,12 +59,32 @@ class ClusterSection(Section):
 
 
 class ParallelismSection(Section):
-    """How ranks share the work: data-parallel replicas and DeepSpeed's ZeRO stage."""
+    """How ranks share the work: data-parallel replicas, stages and ranks within each, and DeepSpeed's ZeRO stage."""
 
-    data: PositiveInt = Field(1, description="data-parallel replicas (training ranks)")
+    data: PositiveInt = Field(1, description="data-parallel replicas of the model")
+    tensor: PositiveInt = Field(
+        1,
+        description="ranks that share the heads, feed-forward units and vocabulary of one replica, on one node; must "
+        "divide model.heads, model.key_value_heads and model.d_ff",
+    )
+    pipeline: PositiveInt = Field(
+        1,
+        description="stages that a replica's layers are cut into, each on ranks of its own, balanced by cost; at most "
+        "one per layer, and with zero_stage 1",
+    )
     zero_stage: Literal[1, 2, 3] = Field(
         1, description="what replicas shard: 1 optimizer states, 2 gradients too, 3 parameters too"
     )
+
+    @property
+    def ranks(self) -> int:
+        """Training ranks of all replicas together."""
+        return self.data * self.ranks_per_replica
+
+    @property
+    def ranks_per_replica(self) -> int:
+        """Training ranks that hold one copy of the model."""
+        return self.pipeline * self.tensor
 
 
 class OptimizerSection(Section):
@@ -239,6 +260,26 @@ class RunConfig(Section):
                     f"data.{field}: {tokens} tokens are more than the {self.model.max_positions} learned positions; "
                     f"set model.max_positions to {tokens}, or lower data.{field}"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _tensor_ranks_share_evenly(self) -> RunConfig:
+        tensor, model = self.parallelism.tensor, self.model
+        for field, number in (("heads", model.heads), ("key_value_heads", model.heads_of_keys), ("d_ff", model.d_ff)):
+            if number % tensor:
+                fits = [size for size in range(1, tensor) if number % size == 0]
+                raise ValueError(
+                    f"parallelism.tensor: {tensor} ranks cannot share model.{field} = {number} evenly; set "
+                    f"parallelism.tensor to {fits[-1]} or model.{field} to a multiple of {tensor}"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _stages_can_be_cut(self) -> RunConfig:
+        ranks = self.parallelism
+        problem = pipeline_problem(ranks.pipeline, ranks.zero_stage, self.model)
+        if problem is not None:
+            raise ValueError(problem)
         return self
 
     @model_validator(mode="after")

@@ -157,7 +157,9 @@ def run_rank(
             restore(engine, CheckpointReader(checkpoints, committed))
             step, tokens = committed.step, int(committed.manifest["tokens"])
             logging.info("state of step %d restored", step)
-        loader = Loader(manifest, config, open_shard, task.rank, task.world_size, start_step=step)
+        # All ranks of one replica read the same samples.
+        replica = engine.context.data
+        loader = Loader(manifest, config, open_shard, replica.rank, replica.size, start_step=step)
         reporter.data_state = loader.state
         announce(reporter)
         course = Course(

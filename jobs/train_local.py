@@ -1,7 +1,7 @@
 """`python -m jobs.train_local CONFIG`: the same training loop in plain processes, for a machine without Ray.
 
-Prepares the data in this process, starts `parallelism.data` rank processes, and keeps the run's books here. The run
-directory is the one that a Ray job writes, without evaluation and report.
+Prepares the data in this process, starts a process for each rank of `parallelism`, and keeps the run's books here. The
+run directory is the one that a Ray job writes, without evaluation and report.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def train_locally(config: RunConfig, storage: Storage, run: str) -> int:
     latest, damaged = commit.latest(ledger.checkpoints)
     for message in damaged:
         print(message)
-    attempt, world_size = ledger.begin_attempt(), config.parallelism.data
+    attempt, world_size = ledger.begin_attempt(), config.parallelism.ranks
     context = multiprocessing.get_context("spawn")
     outbox = context.Queue()
     with socket.socket() as probe:

@@ -9,7 +9,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from cluster import commit
-from cluster.placement import RankResources, rank_resources, release, reserve
+from cluster.placement import RankResources, RankSlot, rank_resources, rank_slots, release, reserve
 from cluster.storage import Storage
 from configs.errors import RunStopped, TelarError
 from configs.schema import RunConfig
@@ -94,7 +94,7 @@ class TrainStage:
         return outcomes[0].mode
 
     def _attempt(self, resources: RankResources, operators: str) -> LoopEnd:
-        config, world_size = self._config, self._config.parallelism.data
+        config, world_size = self._config, self._config.parallelism.ranks
         attempt = self._ledger.begin_attempt()
         latest, damaged = commit.latest(self._ledger.checkpoints)
         for message in damaged:
@@ -110,11 +110,12 @@ class TrainStage:
             attempt=attempt, world_size=world_size, state="training", step=start, last_commit_step=start or None
         )
         timeout = config.elastic.start_timeout_seconds
-        groups = reserve(resources, world_size, label, timeout)
+        groups = reserve(resources, config.parallelism.data, config.parallelism, label, timeout)
         servers = None
         try:
             servers = start_servers(config, self._storage, self._manifest, label)
-            self._workers = [self._spawn(resources, group, f"{label}/dp{i}") for i, group in enumerate(groups)]
+            slots = rank_slots(groups, config.parallelism, label)
+            self._workers = [self._spawn(resources, slot) for slot in slots]
             places = self._wait([worker.prepare.remote(operators) for worker in self._workers], timeout)
             master = (places[0]["address"], places[0]["port"])
             seen: Counter[str] = Counter()
@@ -146,17 +147,17 @@ class TrainStage:
             stop_servers(servers)
             release(groups)
 
-    def _spawn(self, resources: RankResources, group: Any, name: str) -> Any:
+    def _spawn(self, resources: RankResources, slot: RankSlot) -> Any:
         threads = str(self._config.train.threads_per_rank)
         environment = {"OMP_NUM_THREADS": threads}
         if not resources.gpus:
             environment["DS_ACCELERATOR"] = "cpu"
         return TrainWorker.options(
-            name=name,
+            name=slot.name,
             namespace="telar",
             num_cpus=resources.cpus,
             num_gpus=resources.gpus,
-            scheduling_strategy=PlacementGroupSchedulingStrategy(group),
+            scheduling_strategy=PlacementGroupSchedulingStrategy(slot.group, placement_group_bundle_index=slot.bundle),
             runtime_env={"env_vars": {"OMP_NUM_THREADS": threads}},
         ).remote(environment)
 

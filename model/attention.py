@@ -7,6 +7,8 @@ from torch import Tensor, nn
 
 from model.attention_kinds import AttentionKind, dense_attention, dense_mask
 from model.dropout import SeededDropout
+from model.mesh import ALONE, Axis
+from model.parallel_linear import ColumnParallelLinear, RowParallelLinear, copied
 from model.positions import rotate
 from model.self_attention import self_attention
 
@@ -32,7 +34,9 @@ class MultiHeadAttention(nn.Module):
     """Equation 1 in `heads` subspaces of width d_model / heads, with separate projections.
 
     `key_value_heads` heads of keys and values serve equal groups of queries each (Ainslie et al. 2023). `kind` is what
-    `attend_self` looks at. With `rotary_base` queries and keys of self-attention are rotated by their positions.
+    `attend_self` looks at. With `rotary_base` queries and keys of self-attention are rotated by their positions. Ranks
+    of `tensor` share the heads, those of keys and values too: `heads` and `key_value_heads` are this rank's, and so are
+    the heads in the shapes below.
     """
 
     def __init__(
@@ -44,37 +48,41 @@ class MultiHeadAttention(nn.Module):
         kind: AttentionKind | None = None,
         rotary_base: float | None = None,
         dropout: SeededDropout | None = None,
+        tensor: Axis = ALONE,
     ) -> None:
         super().__init__()
-        self.heads, self.key_value_heads = heads, key_value_heads or heads
+        self.tensor, self.width = tensor, d_model // heads
+        narrow = self.width * (key_value_heads or heads)
+        self.heads, self.key_value_heads = heads // tensor.size, (key_value_heads or heads) // tensor.size
+        assert tensor.size == 1 or (heads % tensor.size == 0 and (key_value_heads or heads) % tensor.size == 0)
         self.kind = kind or AttentionKind()
         self.rotary_base = rotary_base
         self.dropout = dropout
-        narrow = d_model // heads * self.key_value_heads
-        self.query = nn.Linear(d_model, d_model, bias)
-        self.key = nn.Linear(d_model, narrow, bias)
-        self.value = nn.Linear(d_model, narrow, bias)
-        self.output = nn.Linear(d_model, d_model, bias)
+        self.query = ColumnParallelLinear(d_model, d_model, bias, tensor)
+        self.key = ColumnParallelLinear(d_model, narrow, bias, tensor)
+        self.value = ColumnParallelLinear(d_model, narrow, bias, tensor)
+        self.output = RowParallelLinear(d_model, d_model, bias, tensor)
 
     def split(self, x: Tensor) -> Tensor:
         """`[batch, sequence, heads * width]` -> `[batch, heads, sequence, width]`, width = d_model / heads."""
-        return x.unflatten(-1, (-1, self.query.out_features // self.heads)).transpose(1, 2)
+        return x.unflatten(-1, (-1, self.width)).transpose(1, 2)
 
     def queries(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
         """Projected queries `[batch, heads, query, width]`; `positions` int `[batch, query]` where they are rotary."""
-        return self._placed(self.split(self.query(x)), positions)
+        return self._queries(copied(x, self.tensor), positions)
 
     def keys_values(self, x: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Projected keys and values of `x [batch, key, d_model]`, each `[batch, key_value_heads, key, width]`."""
-        return self._placed(self.split(self.key(x)), positions), self.split(self.value(x))
+        return self._keys_values(copied(x, self.tensor), positions)
 
     def attend_self(self, x: Tensor, segments: Tensor, positions: Tensor, key: Tensor) -> Tensor:
         """Self-attention of this kind; `x [batch, sequence, d_model]`, `segments`, `positions` int `[batch, sequence]`.
 
         `key` is the dropout key.
         """
-        queries = self.queries(x, positions)
-        keys, values = self._shared(*self.keys_values(x, positions))
+        x = copied(x, self.tensor)
+        queries = self._queries(x, positions)
+        keys, values = self._shared(*self._keys_values(x, positions))
         if self.dropout is not None and self.dropout.active:
             mixed = self._dropped(queries, keys, values, dense_mask(self.kind, segments, positions), key)
         else:
@@ -101,6 +109,12 @@ class MultiHeadAttention(nn.Module):
     def forward(self, x: Tensor, memory: Tensor, mask: Tensor | None) -> Tensor:
         """Attention of `x [batch, query, d_model]` over `memory [batch, key, d_model]`."""
         return self.attend(x, *self.keys_values(memory), mask)
+
+    def _queries(self, x: Tensor, positions: Tensor | None) -> Tensor:
+        return self._placed(self.split(self.query(x)), positions)
+
+    def _keys_values(self, x: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
+        return self._placed(self.split(self.key(x)), positions), self.split(self.value(x))
 
     def _placed(self, x: Tensor, positions: Tensor | None) -> Tensor:
         if self.rotary_base is None:

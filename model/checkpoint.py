@@ -1,7 +1,8 @@
 """Rank files of a checkpoint: written from a snapshot while training goes on, read back verified, by global offsets.
 
 A rank file is a safetensors file. A tensor's key is `parameter|state|start`: a range of that parameter's flattened
-state. The metadata holds the full shape of each parameter that has a range in the file.
+state, or of the flattened slice of it that the rank's metadata names (`parts`: dimension, start, stop). The metadata
+holds the full shape of each parameter that has a range in the file.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import json
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,18 +23,16 @@ from torch import Tensor
 from cluster.commit import CheckpointError, Committed, DamagedCheckpoint, RankFile, attempt_folder, rank_file_name
 from cluster.storage import Storage
 from model.engine import Engine
-from model.fragments import WEIGHT, Fragment, fragments
+from model.fragments import WEIGHT, Fragment, owned_fragments
+from model.sliced import Block, Part, block_of, common, pieces, view
 
 BLOCK_BYTES = 4 * 2**20
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
 def snapshot(engine: Engine) -> list[Fragment]:
-    """This rank's fragments copied to host memory: training may go on while they are written."""
-    return [
-        Fragment(piece.name, piece.state, piece.shape, piece.start, piece.tensor.detach().to("cpu", copy=True))
-        for piece in fragments(engine)
-    ]
+    """The fragments that this rank owns copied to host memory: training may go on while they are written."""
+    return [replace(piece, tensor=piece.tensor.detach().to("cpu", copy=True)) for piece in owned_fragments(engine)]
 
 
 def write_snapshot(
@@ -40,7 +40,7 @@ def write_snapshot(
     step: int,
     attempt: int,
     rank: int,
-    pieces: Sequence[Fragment],
+    owned: Sequence[Fragment],
     extra: dict[str, str] | None = None,
 ) -> RankFile:
     """Stream a snapshot into this rank's file below the attempt's folder; returns its record for `cluster.commit`.
@@ -50,7 +50,7 @@ def write_snapshot(
     name = rank_file_name(rank)
     digest, size = xxhash.xxh3_128(), 0
     with checkpoints.open(f"{attempt_folder(step, attempt)}/{name}", "wb") as file:
-        for block in _serialized(pieces, {"step": str(step), **(extra or {})}):
+        for block in _serialized(owned, {"step": str(step), **(extra or {})}):
             file.write(block)
             digest.update(block)
             size += len(block)
@@ -64,12 +64,14 @@ def write_rank(
     return write_snapshot(checkpoints, step, attempt, rank, snapshot(engine), extra)
 
 
-def _serialized(pieces: Sequence[Fragment], metadata: dict[str, str]) -> Iterator[bytes | memoryview]:
+def _serialized(owned: Sequence[Fragment], metadata: dict[str, str]) -> Iterator[bytes | memoryview]:
     """The safetensors format (length, JSON header, raw little-endian tensors), without a second copy in memory."""
-    shapes = {piece.name: piece.shape for piece in pieces}
-    header: dict[str, Any] = {"__metadata__": {**metadata, "shapes": json.dumps(shapes)}}
+    shapes = {piece.name: piece.shape for piece in owned}
+    parts = {piece.name: piece.part for piece in owned if piece.part is not None}
+    own = {"shapes": json.dumps(shapes), **({"parts": json.dumps(parts)} if parts else {})}
+    header: dict[str, Any] = {"__metadata__": {**metadata, **own}}
     end = 0
-    for piece in pieces:
+    for piece in owned:
         begin, end = end, end + piece.tensor.numel() * piece.tensor.element_size()
         header[f"{piece.name}|{piece.state}|{piece.start}"] = {
             "dtype": DTYPES[piece.dtype],
@@ -80,15 +82,18 @@ def _serialized(pieces: Sequence[Fragment], metadata: dict[str, str]) -> Iterato
     text += b" " * (-len(text) % 8)
     yield len(text).to_bytes(8, "little")
     yield text
-    for piece in pieces:
+    for piece in owned:
         yield memoryview(piece.tensor.contiguous().view(torch.uint8).numpy())
 
 
 class _Range(NamedTuple):
+    """Elements `start .. start + numel` of the flattened `block`, stored under `key`."""
+
     start: int
     numel: int
     file: int
     key: str
+    block: Block
 
 
 class CheckpointReader:
@@ -139,8 +144,8 @@ class CheckpointReader:
         """Full shape of every parameter."""
         return dict(self._shapes)
 
-    def read(self, name: str, state: str, start: int, numel: int) -> Tensor:
-        """Elements `start .. start + numel` of a flattened parameter's state, float32 `[numel]`.
+    def read(self, name: str, state: str, start: int, numel: int, part: Part | None = None) -> Tensor:
+        """Elements `start .. start + numel` of a flattened parameter's state, or of its `part`, float32 `[numel]`.
 
         Raises CheckpointError when the checkpoint does not hold all of them.
         """
@@ -150,12 +155,16 @@ class CheckpointReader:
                 "set that one, or start a new run"
             )
         result, filled = torch.empty(numel, dtype=torch.float32), 0
-        for piece in self._ranges.get((name, state), ()):
-            low, high = max(start, piece.start), min(start + numel, piece.start + piece.numel)
-            if low < high:
-                stored = self._files[piece.file].get_slice(piece.key)
-                result[low - start : high - start] = stored[low - piece.start : high - piece.start]
-                filled += high - low
+        ranges = self._ranges.get((name, state), ())
+        wanted = list(pieces(block_of(self._shapes[name], part), start, numel)) if ranges else []
+        for stored in ranges:
+            file = self._files[stored.file]
+            for held, offset in pieces(stored.block, stored.start, stored.numel):
+                for block, at in wanted:
+                    both = common(held, block)
+                    if both is not None:
+                        view(result, at, block, both).copy_(_read(file, stored.key, offset, held, both))
+                        filled += both.size
         if filled != numel:
             raise CheckpointError(
                 f"{self.committed.folder}: {state} of {name!r} holds {filled} of the elements "
@@ -197,10 +206,19 @@ class CheckpointReader:
         self._files.append(file)
         for name, shape in json.loads(file.metadata()["shapes"]).items():
             self._shapes[name] = tuple(shape)
+        parts = {name: Part(*part) for name, part in json.loads(file.metadata().get("parts", "{}")).items()}
         for key in file.keys():  # noqa: SIM118  (not a dict)
             name, state, start = key.split("|")
             ranges = self._ranges.setdefault((name, state), [])
-            ranges.append(_Range(int(start), file.get_slice(key).get_shape()[0], number, key))
+            block = block_of(self._shapes[name], parts.get(name))
+            ranges.append(_Range(int(start), file.get_slice(key).get_shape()[0], number, key, block))
+
+
+def _read(file: Any, key: str, offset: int, held: Block, wanted: Block) -> Tensor:
+    """`wanted [rows, columns]` of the stored tensor that has the block `held` from `offset` on."""
+    first, rows = offset + (wanted.top - held.top) * held.width, wanted.bottom - wanted.top
+    stored = file.get_slice(key)[first : first + rows * held.width]
+    return stored.view(rows, held.width)[:, wanted.left - held.left : wanted.right - held.left]
 
 
 @contextmanager

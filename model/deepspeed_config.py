@@ -32,6 +32,9 @@ def deepspeed_config(config: RunConfig) -> dict[str, Any]:
         "steps_per_print": 2**31,
         "wall_clock_breakdown": False,
     }
+    if config.parallelism.pipeline > 1:
+        # Its default sends a tensor rank's share of what crosses to the next stage, and can do so for one tensor only.
+        result["pipeline"] = {"pipe_partitioned": False, "grad_partitioned": False}
     if config.train.precision == "bf16":
         # fp32 accumulation and reduction: many micro-batches of bf16 gradients would lose their small parts.
         result["bf16"] = {"enabled": True}

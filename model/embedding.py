@@ -10,15 +10,21 @@ from torch import Tensor, nn
 
 from configs.schema import ModelSection
 from model.dropout import SeededDropout
+from model.mesh import ALONE, Axis
+from model.parallel_linear import embedded
 from model.positions import sinusoidal_positions
+from model.sliced import slice_of
 
 
 class Embedding(nn.Module):
-    """Token embedding times sqrt(d_model) plus positions, with dropout: sections 3.4, 3.5 and 5.4 of the paper."""
+    """Token embedding times sqrt(d_model) plus positions, with dropout: sections 3.4, 3.5 and 5.4 of the paper.
 
-    def __init__(self, weight: nn.Parameter, model: ModelSection, seed: int, name: str) -> None:
+    `weight` has the rows of this rank of `tensor`.
+    """
+
+    def __init__(self, weight: nn.Parameter, model: ModelSection, seed: int, name: str, tensor: Axis = ALONE) -> None:
         super().__init__()
-        self.weight = weight
+        self.weight, self.rows, self.tensor = weight, slice_of(weight), tensor
         self.scale = math.sqrt(model.d_model) if model.scale_embeddings else 1.0
         self.kind = model.positions
         if model.positions == "learned":
@@ -27,7 +33,7 @@ class Embedding(nn.Module):
 
     def embed(self, tokens: Tensor, positions: Tensor, key: Tensor) -> Tensor:
         """`[batch, sequence]` ints -> `[batch, sequence, d_model]`."""
-        hidden = F.embedding(tokens, self.weight)
+        hidden = embedded(tokens, self.weight, self.rows, self.tensor)
         if self.scale != 1.0:
             hidden = hidden * self.scale
         if self.kind == "sinusoidal":

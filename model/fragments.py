@@ -1,8 +1,9 @@
 """Fragments of training state straight out of DeepSpeed's own maps, and back into them at any rank count and stage.
 
 A fragment is a range of one parameter's flattened float32 state: its master weight, one of Adam's moments or Muon's
-momentum. Every element of every parameter lies on exactly one rank (ZeRO 1, 2 and 3 alike), so the fragments of all
-ranks together are the whole state, whatever the topology was.
+momentum; where tensor ranks share the parameter, a range of this rank's flattened slice. Every element of every
+parameter is owned by exactly one rank (ZeRO 1, 2 and 3 alike), so the owned fragments of all ranks together are the
+whole state, whatever the topology was.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from cluster.commit import CheckpointError
 from model.muon import MOMENTUM, Piece
+from model.sliced import Part, full_shape, is_copy, part_of
 
 if TYPE_CHECKING:
     from model.engine import Engine
@@ -28,6 +30,7 @@ STATES = (WEIGHT, *MOMENTS)
 class Fragment:
     """Elements `start .. start + tensor.numel()` of the flattened parameter `name` of full shape `shape`.
 
+    Where tensor ranks share the parameter, `part` is this rank's slice and `start` counts in the flattened slice.
     `state` is "fp32" (master weight), "exp_avg" or "exp_avg_sq", for Muon's matrices "momentum_buffer" in place of
     these two; `tensor` is a flat view of live state.
     """
@@ -37,6 +40,7 @@ class Fragment:
     shape: tuple[int, ...]
     start: int
     tensor: Tensor
+    part: Part | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -54,13 +58,13 @@ class Reader(Protocol):
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Full shape of every parameter."""
 
-    def read(self, name: str, state: str, start: int, numel: int) -> Tensor:
-        """A range of a flattened parameter's state, float32 `[numel]`."""
+    def read(self, name: str, state: str, start: int, numel: int, part: Part | None = None) -> Tensor:
+        """A range of a flattened parameter's state, or of the slice `part` of it, float32 `[numel]`."""
 
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a parameter's local range lies: flat partition, offset in it, elements, offset in the full parameter.
+    """Where a parameter's local range lies: flat partition, offset in it, elements, offset in this rank's `part`.
 
     Without a local range `numel` is 0; `partition` is then the one where it would lie.
     """
@@ -71,10 +75,18 @@ class _Place:
     offset: int
     numel: int
     start: int
+    part: Part | None
+
+
+def owned_fragments(engine: Engine) -> list[Fragment]:
+    """`fragments` without those that the first tensor rank of this stage, or an earlier stage, has too."""
+    counts = engine.context.counts
+    copies = {name for name, parameter in engine.module.named_parameters() if is_copy(parameter)}
+    return [piece for piece in fragments(engine) if (piece.part is not None or counts) and piece.name not in copies]
 
 
 def fragments(engine: Engine) -> list[Fragment]:
-    """What this rank owns, in the order of the model's parameters. Views: copy them before the next step."""
+    """What this rank updates, in the order of the model's parameters. Views: copy them before the next step."""
     optimizer = engine.deepspeed.optimizer
     partitions = _partitions(optimizer)
     for number in range(len(partitions)):
@@ -88,7 +100,7 @@ def fragments(engine: Engine) -> list[Fragment]:
         sources = {WEIGHT: flat.data, **{name: moments[name] for name in _moment_names(optimizer, place.partition)}}
         for state, source in sources.items():
             piece = source.narrow(0, place.offset, place.numel)
-            found.append(Fragment(place.name, state, place.shape, place.start, piece))
+            found.append(Fragment(place.name, state, place.shape, place.start, piece, place.part))
     return found
 
 
@@ -102,7 +114,7 @@ def restore(engine: Engine, reader: Reader) -> None:
     for number in range(len(_partitions(optimizer))):
         _moments(optimizer, number, reader.step)
     for piece in fragments(engine):
-        piece.tensor.copy_(reader.read(piece.name, piece.state, piece.start, piece.tensor.numel()))
+        piece.tensor.copy_(reader.read(piece.name, piece.state, piece.start, piece.tensor.numel(), piece.part))
     if _stage(engine) == 3:
         for flat, used in zip(_partitions(optimizer), optimizer.fp16_partitioned_groups_flat, strict=True):
             used.data.copy_(flat.data)
@@ -134,7 +146,7 @@ def muon_pieces(engine: Engine) -> dict[Tensor, list[Piece]]:
     found: dict[Tensor, list[Piece]] = {}
     for place in _places(engine):
         if MOMENTUM in _moment_names(optimizer, place.partition):
-            piece = Piece(place.shape, place.offset, place.numel, place.start)
+            piece = Piece(place.shape, place.offset, place.numel, place.start, place.part)
             found.setdefault(partitions[place.partition], []).append(piece)
     return found
 
@@ -166,23 +178,22 @@ def _places(engine: Engine) -> Iterator[_Place]:
         trained = getattr(optimizer, "bit16_groups", None) or optimizer.bf16_groups
         group_of = {id(parameter): number for number, group in enumerate(trained) for parameter in group}
     for name, parameter in engine.module.named_parameters():
+        shape, part = full_shape(parameter), part_of(parameter)
         if _stage(engine) == 3:
             group, offset, per_rank = optimizer.grad_position[optimizer.get_param_id(parameter)]
-            start = per_rank * engine.rank
+            start = per_rank * engine.context.data.rank
             numel = max(0, min(per_rank, parameter.ds_numel - start))
-            yield _Place(name, tuple(parameter.ds_shape), group, offset, numel, start if numel else 0)
+            yield _Place(name, shape, group, offset, numel, start if numel else 0, part)
         elif parameter._hp_mapping is None:
-            yield _Place(name, tuple(parameter.shape), group_of[id(parameter)], 0, 0, 0)
+            yield _Place(name, shape, group_of[id(parameter)], 0, 0, 0, part)
         else:
             mapping = parameter._hp_mapping
             place, source = mapping.hp_fragment_address, mapping.lp_fragment_address
-            yield _Place(
-                name, tuple(parameter.shape), mapping.param_group_index, place.start, place.numel, source.start
-            )
+            yield _Place(name, shape, mapping.param_group_index, place.start, place.numel, source.start, part)
 
 
 def _check_shapes(engine: Engine, stored: dict[str, tuple[int, ...]]) -> None:
-    expected = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in engine.module.named_parameters()}
+    expected = engine.shapes
     if stored == expected:
         return
     for name in sorted(stored.keys() | expected.keys()):

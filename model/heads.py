@@ -8,21 +8,38 @@ from torch import Tensor, nn
 
 from configs.schema import ModelSection
 from model.loss import LossSums, chunked_cross_entropy
+from model.mesh import ALONE, Axis
+from model.parallel_linear import copied, gathered
+from model.sliced import mark, slice_of
 
 
 class Head(nn.Module):
-    """The output projection, without bias: the embedding matrix (section 3.4 of the paper) or one of its own."""
+    """The output projection, without bias: the embedding matrix (section 3.4 of the paper) or one of its own.
+
+    `weight` has the rows of this rank of `tensor`.
+    """
 
     def __init__(
-        self, weight: nn.Parameter, tied: bool = True, label_smoothing: float = 0.0, z_loss: float = 0.0
+        self,
+        weight: nn.Parameter,
+        tied: bool = True,
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
+        tensor: Axis = ALONE,
     ) -> None:
         super().__init__()
-        self.weight = weight if tied else nn.Parameter(torch.empty_like(weight))
+        self.rows, self.tensor = slice_of(weight), tensor
+        self.weight = weight
+        if not tied:
+            self.weight = nn.Parameter(torch.empty_like(weight))
+            if self.rows is not None:
+                mark(self.weight, self.rows)
         self.label_smoothing, self.z_loss = label_smoothing, z_loss
 
     def logits(self, hidden: Tensor) -> Tensor:
         """`[..., d_model]` -> float32 `[..., vocabulary]`."""
-        return F.linear(hidden, self.weight).float()
+        own = F.linear(copied(hidden, self.tensor), self.weight).float()
+        return gathered(own, self.rows, self.tensor)
 
     def scores(self, inputs: tuple[Tensor, ...]) -> Tensor:
         """Float32 `[batch, target, vocabulary]` from what the layer before hands on."""
@@ -31,7 +48,14 @@ class Head(nn.Module):
     def forward(self, inputs: tuple[Tensor, ...], labels: Tensor, loss_weight: Tensor) -> LossSums:
         """Loss and nll summed over the positions `[batch, target]` that have weight."""
         return chunked_cross_entropy(
-            inputs[0], self.weight, labels, loss_weight, self.label_smoothing, z_loss=self.z_loss
+            inputs[0],
+            self.weight,
+            labels,
+            loss_weight,
+            self.label_smoothing,
+            z_loss=self.z_loss,
+            rows=self.rows,
+            tensor=self.tensor,
         )
 
 

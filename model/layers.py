@@ -22,16 +22,18 @@ from model.attention import MultiHeadAttention, segment_mask
 from model.attention_kinds import AttentionKind
 from model.dropout import SeededDropout
 from model.feed_forward import FeedForward
+from model.mesh import ALONE, Axis
 from model.residual import SubLayer, make_norm
 
 
 def make_attention(
-    model: ModelSection, seed: int, name: str, causal: bool = False, across: bool = False
+    model: ModelSection, seed: int, name: str, causal: bool = False, across: bool = False, tensor: Axis = ALONE
 ) -> MultiHeadAttention:
     """Self-attention of the model's kind, or attention across to the encoder's memory, which sees all of it."""
     section = model.attention
     kind = AttentionKind(section.kind, causal, section.window_tokens, section.global_tokens, section.block_tokens)
-    dropout = SeededDropout(model.attention_dropout, seed, f"{name}/weights") if model.attention_dropout else None
+    probability = model.attention_dropout
+    dropout = SeededDropout(probability, seed, f"{name}/weights", tensor) if probability else None
     rotary = model.rotary_base if model.positions == "rotary" and not across else None
     return MultiHeadAttention(
         model.d_model,
@@ -41,6 +43,7 @@ def make_attention(
         AttentionKind() if across else kind,
         rotary,
         dropout,
+        tensor,
     )
 
 
@@ -49,12 +52,20 @@ class SelfAttentionLayer(nn.Module):
     without an encoder.
     """
 
-    def __init__(self, model: ModelSection, seed: int, name: str, causal: bool = False, last: bool = False) -> None:
+    def __init__(
+        self,
+        model: ModelSection,
+        seed: int,
+        name: str,
+        causal: bool = False,
+        last: bool = False,
+        tensor: Axis = ALONE,
+    ) -> None:
         super().__init__()
         self.last = last
-        self.attention = make_attention(model, seed, f"{name}/attention", causal)
+        self.attention = make_attention(model, seed, f"{name}/attention", causal, tensor=tensor)
         self.attention_output = SubLayer(model, seed, f"{name}/attention")
-        self.feed_forward = FeedForward(model.d_model, model.d_ff, model.feed_forward, model.bias)
+        self.feed_forward = FeedForward(model.d_model, model.d_ff, model.feed_forward, model.bias, tensor)
         self.feed_forward_output = SubLayer(model, seed, f"{name}/feed_forward")
 
     def forward(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -78,14 +89,14 @@ class DecoderLayer(nn.Module):
     The last one (`last=True`) hands on `hidden` alone: a pipeline stage must not receive a memory that it never uses.
     """
 
-    def __init__(self, model: ModelSection, seed: int, name: str, last: bool = False) -> None:
+    def __init__(self, model: ModelSection, seed: int, name: str, last: bool = False, tensor: Axis = ALONE) -> None:
         super().__init__()
         self.last = last
-        self.attention = make_attention(model, seed, f"{name}/attention", causal=True)
+        self.attention = make_attention(model, seed, f"{name}/attention", causal=True, tensor=tensor)
         self.attention_output = SubLayer(model, seed, f"{name}/attention")
-        self.cross_attention = make_attention(model, seed, f"{name}/cross_attention", across=True)
+        self.cross_attention = make_attention(model, seed, f"{name}/cross_attention", across=True, tensor=tensor)
         self.cross_attention_output = SubLayer(model, seed, f"{name}/cross_attention")
-        self.feed_forward = FeedForward(model.d_model, model.d_ff, model.feed_forward, model.bias)
+        self.feed_forward = FeedForward(model.d_model, model.d_ff, model.feed_forward, model.bias, tensor)
         self.feed_forward_output = SubLayer(model, seed, f"{name}/feed_forward")
 
     def forward(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -8,12 +8,14 @@ at ZeRO 3 each matrix, which then every rank orthogonalises.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from model.sliced import Part, block_of, pieces, view
 
 MOMENTUM = "momentum_buffer"
 # The quintic a s + b s^3 + c s^5 that takes singular values in (0, 1] to about 1 soonest (Jordan 2024).
@@ -38,13 +40,19 @@ def orthogonalised(matrix: Tensor) -> Tensor:
 class Piece(NamedTuple):
     """Elements `start .. start + numel` of a flattened matrix of `shape`, at `offset` of this rank's flat partition.
 
-    `numel` 0: this rank holds nothing of the matrix.
+    Where tensor ranks share the matrix, of its `part` flattened. `numel` 0: this rank holds nothing of the matrix.
     """
 
     shape: tuple[int, int]
     offset: int
     numel: int
     start: int
+    part: Part | None = None
+
+    def views(self, matrix: Tensor, flat: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """The same elements in the whole matrix and in the flat partition, in at most 3 rectangles."""
+        for block, at in pieces(block_of(self.shape, self.part), self.start, self.numel):
+            yield block.of(matrix), view(flat, self.offset + at, block, block)
 
 
 class MuonAdamW(torch.optim.AdamW):
@@ -57,18 +65,22 @@ class MuonAdamW(torch.optim.AdamW):
     def __init__(self, groups: list[dict[str, Any]], **shared: Any) -> None:
         super().__init__(groups, **shared)
         self._pieces: dict[Tensor, list[tuple[Piece, bool]]] = {}
+        self._group: Any = None
 
-    def lay_out(self, pieces: Mapping[Tensor, Sequence[Piece]]) -> None:
-        """Say what this rank's flat partitions hold; on all ranks together, with the matrices in the same order."""
+    def lay_out(self, pieces: Mapping[Tensor, Sequence[Piece]], group: Any = None) -> None:
+        """Say what this rank's flat partitions hold; on all ranks of the process group `group` (None: of all) together,
+        with the matrices in the same order.
+        """
         self._pieces.clear()
+        self._group = group
         for partition, own in pieces.items():
             holders = torch.tensor([float(piece.numel > 0) for piece in own], device=partition.device)
-            dist.all_reduce(holders)
+            dist.all_reduce(holders, group=group)
             self._pieces[partition] = list(zip(own, (holders > 1).tolist(), strict=True))
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
-        """One step of what has gradients; on all ranks together."""
+        """One step of what has gradients; on all ranks that were laid out together."""
         groups = self.param_groups
         for group in groups:
             if group.get("muon"):
@@ -93,12 +105,12 @@ class MuonAdamW(torch.optim.AdamW):
         for piece, is_shared in self._pieces[partition]:
             if not is_shared and not piece.numel:
                 continue
-            here, there = (slice(at, at + piece.numel) for at in (piece.offset, piece.start))
-            whole = torch.zeros(math.prod(piece.shape), dtype=dtype, device=partition.device)
-            whole[there] = ahead[here].to(dtype)
+            whole = torch.zeros(piece.shape, dtype=dtype, device=partition.device)
+            for there, here in piece.views(whole, ahead):
+                there.copy_(here)
             if is_shared:
                 # Each element is of one rank and 0 on all others: the sum is exact.
-                dist.all_reduce(whole)
+                dist.all_reduce(whole, group=self._group)
             if piece.numel:
-                update = orthogonalised(whole.view(piece.shape)).flatten()[there]
-                partition[here].add_(update, alpha=-rate * 0.2 * math.sqrt(max(piece.shape)))
+                for update, here in piece.views(orthogonalised(whole), partition):
+                    here.add_(update, alpha=-rate * 0.2 * math.sqrt(max(piece.shape)))

@@ -15,7 +15,10 @@ from model.embedding import Bridge, ClassifiedEmbedding, SourceEmbedding, Target
 from model.heads import ClassHead, Head
 from model.layers import DecoderLayer, FinalNorm, SelfAttentionLayer
 from model.loss import LossSums
+from model.mesh import ALONE, Axis
+from model.parallel_linear import vocabulary_matrix
 from model.seeds import generator
+from model.sliced import full_shape, slice_of
 
 
 @dataclass(frozen=True)
@@ -32,12 +35,17 @@ class LayerSpec:
         return self.kind(weight=embedding, **self.arguments) if self.embedded else self.kind(**self.arguments)
 
 
-def build_layers(model: ModelSection, seed: int, label_smoothing: float = 0.0, z_loss: float = 0.0) -> list[LayerSpec]:
-    """The layers in the order in which they run; `seed` is the run's and decides dropout."""
+def build_layers(
+    model: ModelSection, seed: int, label_smoothing: float = 0.0, z_loss: float = 0.0, tensor: Axis = ALONE
+) -> list[LayerSpec]:
+    """The layers in the order in which they run; `seed` is the run's and decides dropout.
+
+    They hold what this rank of `tensor` has of them.
+    """
 
     def layer(name: str, kind: type[nn.Module], **more: Any) -> LayerSpec:
         embedded = kind not in (SelfAttentionLayer, DecoderLayer)
-        return LayerSpec(name, kind, {"model": model, "seed": seed, "name": name, **more}, embedded)
+        return LayerSpec(name, kind, {"model": model, "seed": seed, "name": name, "tensor": tensor, **more}, embedded)
 
     def stack(name: str, kind: type[nn.Module], depth: int, **more: Any) -> list[LayerSpec]:
         return [layer(f"{name}_{i}", kind, **more) for i in range(depth)]
@@ -52,7 +60,7 @@ def build_layers(model: ModelSection, seed: int, label_smoothing: float = 0.0, z
 
     encoder = stack("encoder", SelfAttentionLayer, model.encoder_layers)
     losses = {"label_smoothing": label_smoothing, "z_loss": z_loss}
-    head = LayerSpec("head", Head, {"tied": model.tie_embeddings, **losses}, embedded=True)
+    head = LayerSpec("head", Head, {"tied": model.tie_embeddings, "tensor": tensor, **losses}, embedded=True)
     if model.architecture == "encoder":
         classes = LayerSpec("head", ClassHead, {"model": model, "label_smoothing": label_smoothing})
         return [layer("embedding", ClassifiedEmbedding), *ended(encoder, "encoder", False), classes]
@@ -69,6 +77,7 @@ def build_layers(model: ModelSection, seed: int, label_smoothing: float = 0.0, z
     ]
 
 
+EMBEDDING, HEAD = "embedding", "head"
 NORMAL_STD = 0.02
 ONTO_RESIDUAL = (".output.weight", ".outer.weight")
 
@@ -100,33 +109,62 @@ def initial_parameter(name: str, shape: torch.Size, seed: int, model: ModelSecti
     return result.uniform_(-bound, bound, generator=random)
 
 
-class Transformer(nn.Module):
-    """Runs a list of layers in order; the embedding matrix is one parameter, `embedding.weight`, wherever it serves."""
+class Matrix(nn.Module):
+    """Nothing but a parameter, `weight`."""
 
-    def __init__(self, layers: list[LayerSpec], vocabulary_size: int, section: ModelSection) -> None:
+    def __init__(self, weight: nn.Parameter) -> None:
+        super().__init__()
+        self.weight = weight
+
+
+class Transformer(nn.Module):
+    """Runs a list of layers in order; the embedding matrix is one parameter, `embedding.weight`, wherever it serves.
+
+    Of every parameter the module holds what this rank of `tensor` has: `model.sliced` says which part that is. A list
+    that is a stage of a pipeline makes a module of that stage, whose parameters have the names of the whole model.
+    """
+
+    def __init__(
+        self, layers: list[LayerSpec], vocabulary_size: int, section: ModelSection, tensor: Axis = ALONE
+    ) -> None:
         super().__init__()
         self.section = section
-        embedding = nn.Parameter(torch.empty(vocabulary_size, section.d_model))
+        embedding = vocabulary_matrix(vocabulary_size, section.d_model, tensor)
         self.names = [spec.name for spec in layers]
-        for spec in layers:
-            self.add_module(spec.name, spec.build(embedding))
+        built = [spec.build(embedding) for spec in layers]
+        if self.names[0] != EMBEDDING and any(own is embedding for layer in built for own in layer.parameters()):
+            # A later stage that uses the matrix: the first to name it gives it the name that it has everywhere.
+            self.add_module(EMBEDDING, Matrix(embedding))
+        for name, layer in zip(self.names, built, strict=True):
+            self.add_module(name, layer)
 
     @torch.no_grad()
     def initialise(self, seed: int) -> None:
-        """Set every parameter to what its name and the run's seed give."""
+        """Set every parameter to what its name and the run's seed give, or to this rank's part of that."""
         for name, parameter in self.named_parameters():
-            parameter.copy_(initial_parameter(name, parameter.shape, seed, self.section))
+            _set(parameter, initial_parameter(name, torch.Size(full_shape(parameter)), seed, self.section))
+
+    def begin(self, seed: int, initial: Mapping[str, Tensor] | None) -> None:
+        """Set every parameter from those of the whole model in `initial`, else from the run's seed."""
+        if initial is None:
+            self.initialise(seed)
+        else:
+            own = {name for name, _ in self.named_parameters()}
+            self.load({name: tensor for name, tensor in initial.items() if name in own})
 
     @torch.no_grad()
     def load(self, parameters: Mapping[str, Tensor]) -> None:
-        """Set every parameter from full tensors by name; raises KeyError or ValueError when they do not fit."""
+        """Set every parameter from full tensors by name; raises KeyError or ValueError when they do not fit.
+
+        On a tensor rank each is cut to its part.
+        """
         own = dict(self.named_parameters())
         if own.keys() != parameters.keys():
             raise KeyError(f"parameters differ: {sorted(own.keys() ^ parameters.keys())[:4]}")
         for name, parameter in own.items():
-            if parameter.shape != parameters[name].shape:
-                raise ValueError(f"{name}: {tuple(parameters[name].shape)} given, {tuple(parameter.shape)} expected")
-            parameter.copy_(parameters[name])
+            if full_shape(parameter) != parameters[name].shape:
+                raise ValueError(f"{name}: {tuple(parameters[name].shape)} given, {full_shape(parameter)} expected")
+            _set(parameter, parameters[name])
 
     def layers(self, kind: type[nn.Module] | None = None) -> list[nn.Module]:
         """The layers in order, or those of one kind."""
@@ -138,9 +176,13 @@ class Transformer(nn.Module):
 
         `key` int64 `[2]` on the CPU (step, micro-batch) seeds dropout; needed while training only.
         """
-        state = (*inputs, torch.zeros(2, dtype=torch.int64) if key is None else key)
-        for layer in self.layers()[:-1]:
-            state = layer(state)
+        return self.passed((*inputs, torch.zeros(2, dtype=torch.int64) if key is None else key))
+
+    def passed(self, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """What `state` becomes in these layers, the head left out."""
+        for name in self.names:
+            if name != HEAD:
+                state = getattr(self, name)(state)
         return state
 
     def forward(self, inputs: Inputs, key: Tensor | None, labels: Tensor, loss_weight: Tensor) -> LossSums:
@@ -152,11 +194,29 @@ class Transformer(nn.Module):
         return self.head.scores(self.hidden(inputs))
 
 
+def _set(parameter: nn.Parameter, whole: Tensor) -> None:
+    part = slice_of(parameter)
+    parameter.copy_(whole if part is None else part.of(whole))
+
+
+def parameter_shapes(model: ModelSection, vocabulary_size: int) -> dict[str, tuple[int, ...]]:
+    """Full shape of every parameter of the whole model by name; no memory is taken for them."""
+    with torch.device("meta"):
+        whole = Transformer(build_layers(model, 0), vocabulary_size, model)
+    return {name: tuple(parameter.shape) for name, parameter in whole.named_parameters()}
+
+
 def build_model(
-    model: ModelSection, vocabulary_size: int, seed: int, label_smoothing: float = 0.0, z_loss: float = 0.0
+    model: ModelSection,
+    vocabulary_size: int,
+    seed: int,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    tensor: Axis = ALONE,
 ) -> Transformer:
-    """The whole model, initialised from the run's seed."""
-    built = Transformer(build_layers(model, seed, label_smoothing, z_loss), vocabulary_size, model)
+    """The whole model, or what this rank of `tensor` has of it, initialised from the run's seed."""
+    layers = build_layers(model, seed, label_smoothing, z_loss, tensor)
+    built = Transformer(layers, vocabulary_size, model, tensor)
     built.initialise(seed)
     return built
 

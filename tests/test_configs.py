@@ -73,6 +73,13 @@ def test_every_field_says_what_it_means():
         ({"optimizer__betas": [0.9, 1.5]}, "optimizer.betas: [0.9, 1.5] must lie in [0, 1)"),
         ({"data__corpora": []}, "data.corpora: "),
         ({"parallelism__data": 3}, "parallelism.data: 3 replicas share 2 micro-batches a step, so 1 would idle"),
+        ({"parallelism__tensor": 3}, "parallelism.tensor: 3 ranks cannot share model.heads = 8 evenly; set"),
+        (
+            {"parallelism__tensor": 4, "model__key_value_heads": 2},
+            "parallelism.tensor: 4 ranks cannot share model.key_value_heads = 2 evenly; set parallelism.tensor to 2 or "
+            "model.key_value_heads to a multiple of 4",
+        ),
+        ({"parallelism__tensor": 2, "model__d_ff": 255}, "cannot share model.d_ff = 255 evenly"),
     ],
 )
 def test_mistakes_are_named_with_their_fix(changes, message, tmp_path):

@@ -1,5 +1,6 @@
 """The engine against a plain single-process PyTorch loop: every ZeRO stage, uneven micro-batches, dropout, stop."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -7,7 +8,8 @@ from configs.load import parse_config
 from configs.schema import RunConfig
 from model.batch import ModelBatch
 from model.deepspeed_config import deepspeed_config
-from model.engine import TrainingError, create_engine
+from model.engine import create_engine
+from model.step import TrainingError
 from model.transformer import build_model
 from tests.gloo_pool import GlooPool, gloo_pool  # noqa: F401
 
@@ -16,7 +18,17 @@ STEPS = 6
 RATE = 3e-3
 
 
-def make_config(dropout=0.0, zero_stage=1, precision="fp32", clipping=0.5, weight_decay=0.01, **run) -> RunConfig:
+def make_config(
+    dropout=0.0,
+    zero_stage=1,
+    precision="fp32",
+    clipping=0.5,
+    weight_decay=0.01,
+    tensor=1,
+    pipeline=1,
+    model=None,
+    **run,
+) -> RunConfig:
     return parse_config(
         {
             # A seed for which no ReLU stands so close to 0 that rounding decides: float64 agrees to 1e-6 in each step.
@@ -30,8 +42,9 @@ def make_config(dropout=0.0, zero_stage=1, precision="fp32", clipping=0.5, weigh
                 "encoder_layers": 2,
                 "decoder_layers": 2,
                 "dropout": dropout,
+                **(model or {}),
             },
-            "parallelism": {"data": 1, "zero_stage": zero_stage},
+            "parallelism": {"data": 1, "pipeline": pipeline, "tensor": tensor, "zero_stage": zero_stage},
             # With the paper's eps of 1e-9 Adam turns the rounding of gradients that are 0 (key biases) into steps.
             "optimizer": {"gradient_clipping": clipping, "weight_decay": weight_decay, "eps": 1e-6},
             "train": {
@@ -86,7 +99,34 @@ def gathered(engine):
     import deepspeed
 
     with deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
-        return {name: p.detach().float().clone().numpy() for name, p in engine.module.named_parameters()}
+        own = {name: p.detach().float().clone().numpy() for name, p in engine.module.named_parameters()}
+    whole = {}
+    for stage in among(engine.context.pipeline, own_to_whole(engine, own)):
+        for name, value in stage.items():
+            assert (whole.setdefault(name, value) == value).all(), f"{name} differs between stages"
+    return whole
+
+
+def own_to_whole(engine, own):
+    """This stage's parameters, put together from its tensor ranks."""
+    found, whole = among(engine.context.tensor, own), {}
+    for name, parameter in engine.module.named_parameters():
+        parts = [one[name] for one in found]
+        if hasattr(parameter, "sliced"):
+            whole[name] = np.concatenate(parts, parameter.sliced.dimension)
+        else:
+            assert all((part == parts[0]).all() for part in parts), f"{name} differs between tensor ranks"
+            whole[name] = parts[0]
+    return whole
+
+
+def among(axis, value):
+    """What all ranks along the axis have."""
+    if axis.size == 1:
+        return [value]
+    found = [None] * axis.size
+    torch.distributed.all_gather_object(found, value, group=axis.group)
+    return found
 
 
 def train_with_engine(config, count, rank_stops_at=None):
@@ -94,7 +134,7 @@ def train_with_engine(config, count, rank_stops_at=None):
     try:
         results = []
         for step in range(1, STEPS + 1):
-            batches = share(step, count, engine.rank, engine.world_size)
+            batches = share(step, count, engine.context.data.rank, engine.context.data.size)
             stop = rank_stops_at is not None and engine.rank == engine.world_size - 1 and step == rank_stops_at
             results.append(engine.train_step(batches, step, RATE, stop))
         return results, gathered(engine), engine.parameter_count

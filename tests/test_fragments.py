@@ -23,7 +23,8 @@ SAVED, LAST, COUNT = 3, 6, 4
 
 def train(engine, first, last):
     steps = range(first, last + 1)
-    return [engine.train_step(share(i, COUNT, engine.rank, engine.world_size), i, RATE).loss for i in steps]
+    data = engine.context.data
+    return [engine.train_step(share(i, COUNT, data.rank, data.size), i, RATE).loss for i in steps]
 
 
 def save_and_go_on(config, folder):

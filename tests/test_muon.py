@@ -97,12 +97,44 @@ SLOW = pytest.mark.slow
 
 
 @pytest.mark.parametrize(
-    ("ranks", "stage"),
-    [(3, 1), (3, 3), *(pytest.param(*case, marks=SLOW) for case in ((1, 1), (2, 2), (3, 2), (1, 3), (2, 3)))],
+    ("ranks", "more"),
+    [
+        (3, {}),
+        (3, {"zero_stage": 3}),
+        *(
+            pytest.param(ranks, more, marks=SLOW)
+            for ranks, more in (
+                (1, {}),
+                (2, {"zero_stage": 2}),
+                (3, {"zero_stage": 2}),
+                (1, {"zero_stage": 3}),
+                (2, {"zero_stage": 3}),
+                (4, {"tensor": 2}),
+                (4, {"tensor": 2, "zero_stage": 3}),
+                (4, {"pipeline": 2}),
+                (8, {"pipeline": 2, "tensor": 2}),
+            )
+        ),
+    ],
 )
-def test_any_ranks_at_any_stage_equal_torch_s_muon(gloo_pool, plain, ranks, stage):  # noqa: F811
-    for results, parameters, _ in gloo_pool.run(ranks, train_with_engine, muon_config(zero_stage=stage), 4):
+def test_any_ranks_at_any_stage_equal_torch_s_muon(gloo_pool, plain, ranks, more):  # noqa: F811
+    for results, parameters, _ in gloo_pool.run(ranks, train_with_engine, muon_config(**more), 4):
         assert_equal_to(plain, results, parameters)
+
+
+@SLOW
+def test_stages_of_which_one_has_a_head_of_its_own(gloo_pool, tmp_path):  # noqa: F811
+    """Its matrix is in a parameter group that other stages lack. Saved by stages, resumed by one process."""
+    model = {"architecture": "decoder", "tie_embeddings": False}
+    config, alone = (muon_config(dropout=0.1, model=model, pipeline=stages) for stages in (2, 1))
+    (expected,) = gloo_pool.run(1, train_with_engine, alone, 4)
+    for results, parameters, _ in gloo_pool.run(4, train_with_engine, config, 4):
+        history = [(result.loss, result.grad_norm, result.target_tokens) for result in expected[0]]
+        assert_equal_to((history, expected[1]), results, parameters)
+    losses, parameters, _, _ = saved(gloo_pool, config, 4, tmp_path)
+    for found, end in gloo_pool.run(1, load_and_go_on, alone, str(tmp_path)):
+        assert found == pytest.approx(losses, abs=1e-5)
+        assert all(abs(end[name] - value).max() < 1e-4 for name, value in parameters.items())
 
 
 @pytest.mark.parametrize(

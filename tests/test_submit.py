@@ -23,7 +23,7 @@ from configs.errors import CapacityError, ConfigError, TelarError, UnreachableEr
 from configs.load import load_config
 from jobs.commands.following import follow_job, sparkline, stop
 from jobs.commands.runs import locate
-from jobs.commands.submitting import Request, submit
+from jobs.commands.submitting import Request, check_embedded_capacity, submit
 from jobs.submit import UPLOAD_LIMIT_BYTES, Address, Jobs, exit_code, record
 from tests.test_cli import CONFIG
 
@@ -233,6 +233,25 @@ def test_capacity_counts_whole_ranks_per_node_and_says_how_many_fit(tmp_path):
     with pytest.raises(CapacityError, match="2 GPUs"):
         check_capacity(config_of(tmp_path, "cluster.device=cuda"), nodes, "it", embedded=False)
     check_capacity(config_of(tmp_path, "cluster.device=cuda"), [Node("g", 8, 2)], "it", embedded=False)
+
+
+def test_capacity_keeps_tensor_ranks_on_one_node(tmp_path):
+    config = config_of(tmp_path, "parallelism.data=2", "parallelism.tensor=2", "cluster.device=cpu")
+    check_capacity(config, [Node("a", 2, 0), Node("b", 3, 0)], "it", embedded=False)
+    with pytest.raises(CapacityError, match=r"4 ranks .* 2 ranks \(parallelism\.tensor\) on one node; it .*data to 1"):
+        check_capacity(config, [Node("a", 3, 0), Node("b", 1, 0)], "it", embedded=False)
+    with pytest.raises(CapacityError, match=r"room for 0 ranks; lower cluster\.cpus_per_rank or parallelism\.tensor"):
+        check_capacity(config, [Node("a", 1, 0)] * 4, "it", embedded=False)
+
+
+def test_capacity_lets_the_stages_of_a_replica_stand_on_several_nodes(tmp_path):
+    stages = config_of(tmp_path, "parallelism={data: 1, pipeline: 2, tensor: 2}", "cluster.device=cpu")
+    check_capacity(stages, [Node("a", 2, 0), Node("b", 3, 0)], "it", embedded=False)
+    with pytest.raises(CapacityError, match=r"4 ranks .*room for 2 ranks; lower .* or parallelism\.pipeline or "):
+        check_capacity(stages, [Node("a", 3, 0), Node("b", 1, 0)], "it", embedded=False)
+    small = ("parallelism={data: 2, pipeline: 2, tensor: 2}", "cluster.device=cpu", "cluster.local_cpus=4")
+    with pytest.raises(ConfigError, match=r"local_cpus: 8 ranks .* to 8 or parallelism\.data to 1"):
+        check_embedded_capacity(config_of(tmp_path, *small))
 
 
 def test_a_local_folder_on_several_nodes_must_be_declared_shared(tmp_path):

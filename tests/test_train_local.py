@@ -63,6 +63,17 @@ def test_two_plain_processes_train_commit_and_resume(project):
 
 
 @pytest.mark.slow
+def test_stages_of_tensor_ranks_and_then_one_rank_train_as_one_process_does(project):
+    """Two stages of two tensor ranks, whose checkpoint one process resumes."""
+    run(project, "alone", "--set", "parallelism.data=1")
+    run(project, "shared", "--set", "parallelism={data: 1, pipeline: 2, tensor: 2}", "--set", "train.steps=3")
+    run(project, "shared", "--set", "parallelism.data=1", "--resume")
+    alone, found = losses(project, "alone"), losses(project, "shared")
+    assert found == pytest.approx(alone, abs=1e-4)
+    assert found[1] == pytest.approx(alone[1], abs=1e-5)
+
+
+@pytest.mark.slow
 def test_the_number_of_processes_does_not_change_the_samples(project):
     run(project, "two", "--set", "model.dropout=0.1")
     run(project, "three", "--set", "parallelism.data=3")
