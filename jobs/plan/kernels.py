@@ -20,9 +20,9 @@ from jobs.plan.parameters import Matrix, Shape, Stack
 from jobs.plan.techniques import Techniques
 
 # Inner elements that the start and end of a tile of a matrix multiplication cost.
-RAMP = 400.0
+RAMP = 600.0
 # Attention kernels against large matrix multiplications: their products are narrow (one head) and wait for softmax.
-ATTENTION_SHARE = {"flash": 0.5, "masked": 0.3, "unfused": 0.6}
+ATTENTION_SHARE = {"flash": 0.4, "masked": 0.25, "unfused": 0.6}
 # Share of memory bandwidth that kernels reach which stream from and to it.
 STREAMING = 0.85
 # Bytes that move per score, of which there are heads x tokens x keys, where scores are written out: product, scale and
@@ -30,8 +30,8 @@ STREAMING = 0.85
 UNFUSED_PASSES = 13
 # Passes over d_model elements per norm (with its residual sum and cast), and over d_ff elements per activation, forward
 # and backward: each reads or writes every element once. Eager runs bias, cast, norm, sum and their gradients apart.
-NORM_PASSES = {"fused": 9, "eager": 22}
-FEATURE_PASSES = {"fused": 6, "eager": 10}
+NORM_PASSES = {"fused": 9, "eager": 36}
+FEATURE_PASSES = {"fused": 6, "eager": 12}
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from jobs.plan.traffic import Flow, stage_parameters, step_traffic
 
 # Relative spread of equal ranks' step times (clocks under a power limit, jitter of hosts and networks). A step waits
 # for the slowest rank: the largest of n normal deviates is about sqrt(2 ln n) of them away.
-RANK_SPREAD = 0.03
+RANK_SPREAD = 0.02
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from jobs.plan.techniques import Techniques
 LINK_SHARE = 0.8
 # Share of data-parallel communication that hides behind the backward pass where the software overlaps them: the rest
 # is the first and the last of it, and what collectives take from multiplications (processors, memory bandwidth).
-HIDDEN = 0.5
+HIDDEN = 0.3
 
 
 @dataclass(frozen=True)
