@@ -1,8 +1,8 @@
 """Checkpoints against failures: size, cost, best interval, expected goodput.
 
 Telar's ranks copy their share of the optimizer states to host memory while training stands still, and write it out
-while training goes on (jobs/rank.py, model/checkpoint.py): `stall` is the copy, `lag` the writing, during which a
-failure falls back on the checkpoint before.
+while training goes on (model/checkpoint.py), which is taken to cost training nothing: `stall` is the copy, `lag` the
+writing, during which a failure falls back on the checkpoint before.
 """
 
 from __future__ import annotations
@@ -24,10 +24,7 @@ RESTART_SECONDS = 120.0
 
 @dataclass(frozen=True)
 class CheckpointCost:
-    """Bytes of one checkpoint, and seconds: `stall` of training, `lag` until it is committed, `restart` after a loss.
-
-    `interval` is from one checkpoint to the next as configured.
-    """
+    """Bytes of a checkpoint, and seconds: training's `stall`, the `lag` until it is committed, a `restart` from it."""
 
     bytes: float
     stall: float

@@ -1,10 +1,10 @@
 """Time of one rank's arithmetic: matrix multiplications, attention, passes over memory.
 
-A matrix multiplication of inner dimension k takes flops / (peak x attainable) x (1 + RAMP / k): each tile starts and
+A matrix multiplication of inner dimension k takes flops / (peak x attainable) x (1 + ramp / k): each tile starts and
 ends with work that does not grow with k. A training pass has three of them per weight, with the inputs, the outputs
 and the tokens as inner dimension, so narrow models, finely split ones and small micro-batches are slower.
 
-The constants are fitted once to all published runs of `published.yaml` together; each stands for something physical.
+The constants here, in `traffic.py`, `step.py` and two per device are chosen once for all published runs together.
 """
 
 from __future__ import annotations
@@ -19,8 +19,6 @@ from jobs.plan.memory import activation_width
 from jobs.plan.parameters import Matrix, Shape, Stack
 from jobs.plan.techniques import Techniques
 
-# Inner elements that the start and end of a tile of a matrix multiplication cost.
-RAMP = 600.0
 # Attention kernels against large matrix multiplications: their products are narrow (one head) and wait for softmax.
 ATTENTION_SHARE = {"flash": 0.4, "masked": 0.25, "unfused": 0.6}
 # Share of memory bandwidth that kernels reach which stream from and to it.
@@ -58,7 +56,7 @@ def layer_time(
     matrices = 0.0
     for matrix in stack.matrices:
         tokens = rows * (shape.source_tokens if matrix.over_source else shape.target_tokens)
-        matrices += matrix_time(matrix, tokens, tensor, speed)
+        matrices += matrix_time(matrix, tokens, tensor, speed, device.ramp)
     keys = keys_seen(model, stack) + stack.memory_tokens
     computed = keys / 2 if techniques.attention == "flash" and stack.causal and not stack.memory_tokens else keys
     scores = 12 * model.d_model * rows * stack.tokens * computed / tensor
@@ -74,17 +72,17 @@ def layer_time(
     return LayerTime(matrices * again, attention * again, memory * again)
 
 
-def matrix_time(matrix: Matrix, tokens: int, tensor: int, speed: float) -> float:
+def matrix_time(matrix: Matrix, tokens: int, tensor: int, speed: float, ramp: float) -> float:
     """Seconds of forward and backward of a matrix over `tokens` on one of `tensor` ranks, at `speed` FLOP/s."""
     inputs = matrix.inputs / (tensor if matrix.cut == "row" else 1)
     outputs = matrix.outputs / (tensor if matrix.cut == "column" else 1)
-    return product_time(inputs, outputs, tokens, speed)
+    return product_time(inputs, outputs, tokens, speed, ramp)
 
 
-def product_time(inputs: float, outputs: float, tokens: float, speed: float) -> float:
+def product_time(inputs: float, outputs: float, tokens: float, speed: float, ramp: float) -> float:
     """Seconds of the three multiplications of a weight `[outputs, inputs]` over `tokens`."""
     each = 2 * inputs * outputs * tokens / speed
-    return each * (3 + RAMP / inputs + RAMP / outputs + RAMP / tokens)
+    return each * (3 + ramp / inputs + ramp / outputs + ramp / tokens)
 
 
 def head_time(config: RunConfig, shape: Shape, layout: Layout, device: Device) -> float:
@@ -94,7 +92,7 @@ def head_time(config: RunConfig, shape: Shape, layout: Layout, device: Device) -
     outputs = shape.head_outputs / layout.tensor
     # The softmax passes over fp32 scores about six times: product, maximum, exponential, sum, gradient, cast.
     passes = 6 * 4 * outputs * tokens / (device.memory_gb_per_second * 1e9 * STREAMING)
-    return product_time(shape.model.d_model, outputs, tokens, speed) + passes
+    return product_time(shape.model.d_model, outputs, tokens, speed, device.ramp) + passes
 
 
 def optimizer_time(parameters: float, replicas: int, device: Device) -> float:

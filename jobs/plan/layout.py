@@ -1,11 +1,11 @@
-"""How ranks share a model: tensor x pipeline x data and a ZeRO stage, which of them are legal, and why others are not."""
+"""How ranks share a model: tensor x pipeline x data and a ZeRO stage; which are legal, and why others are not."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from configs.schema import RunConfig
+from configs.schema import ParallelismSection, RunConfig
 from jobs.plan.parameters import shape_of
 
 
@@ -30,10 +30,13 @@ class Layout:
         return -(-self.ranks // self.gpus_per_node)
 
     @property
-    def settings(self) -> str:
-        """The `--set` options that ask for it."""
+    def settings(self) -> str | None:
+        """The `--set` options that ask for it; None where the configuration has no field for one of its ways."""
         fields = {"tensor": self.tensor, "pipeline": self.pipeline, "data": self.data, "zero_stage": self.zero}
-        return " ".join(f"--set parallelism.{name}={value}" for name, value in fields.items())
+        known = ParallelismSection.model_fields
+        if any(value != 1 for name, value in fields.items() if name not in known):
+            return None
+        return " ".join(f"--set parallelism.{name}={value}" for name, value in fields.items() if name in known)
 
     def __str__(self) -> str:
         return f"tensor {self.tensor} x pipeline {self.pipeline} x data {self.data}, ZeRO-{self.zero}"

@@ -147,7 +147,8 @@ def _layer_saved(config: RunConfig, shape: Shape, stack: Stack, layout: Layout, 
     # Whole on every tensor rank: norms' inputs, inputs of the first matrices, masks of dropout and what they met.
     # RMSNorm keeps the normalised input beside the input, which LayerNorm computes anew from two numbers per token.
     whole = stack.norms * (wide * (2 if model.norm == "layer" else 3) + (2 * wide if dropped else 0) + 8)
-    # Split over tensor ranks: queries, keys, values, the mixed values and a number per score row; features of the feed-forward layer.
+    # Split over tensor ranks: queries, keys, values, the mixed values, a number per row of scores, and features of
+    # the feed-forward layer.
     split = (2 * wide + 4 * model.heads) * attentions
     features = {"relu": 1, "gelu": 2, "swiglu": 4}[model.feed_forward]
     split += features * model.d_ff * width

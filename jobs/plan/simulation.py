@@ -132,7 +132,7 @@ def simulate(
 
 
 def _recover(machines: _Nodes, failure: float, restart: float, result: Simulation) -> float:
-    """When training goes on after a failure, at the horizon at the latest; a failure during a restart begins it anew."""
+    """When training goes on, at the horizon at the latest; a failure during a restart begins it anew."""
     now = failure
     while now < result.horizon:
         ready = min(machines.replace(now), result.horizon)

@@ -83,8 +83,10 @@ def _of_replicas(
     """Gradients out and parameters in, between the ranks that hold the same part of the model."""
     share = (layout.data - 1) / layout.data
     inside = layout.ranks <= layout.gpus_per_node
-    neighbours = max(1, layout.gpus_per_node // (layout.tensor * layout.pipeline)) if layout.pipeline > 1 else max(
-        1, layout.gpus_per_node // layout.tensor
+    neighbours = (
+        max(1, layout.gpus_per_node // (layout.tensor * layout.pipeline))
+        if layout.pipeline > 1
+        else max(1, layout.gpus_per_node // layout.tensor)
     )
     rate = device.link_gb_per_second
     if not inside:
