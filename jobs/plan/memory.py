@@ -145,14 +145,17 @@ def _layer_saved(config: RunConfig, shape: Shape, stack: Stack, layout: Layout, 
     attentions = 2 if stack.memory_tokens else 1
     dropped = model.dropout > 0
     # Whole on every tensor rank: norms' inputs, inputs of the first matrices, masks of dropout and what they met.
-    # RMSNorm keeps the normalised input beside the input, which LayerNorm computes anew from two numbers per token.
-    whole = stack.norms * (wide * (2 if model.norm == "layer" else 3) + (2 * wide if dropped else 0) + 8)
+    # RMSNorm keeps the normalised input beside the input, which LayerNorm (and a fused RMSNorm) computes anew.
+    fused = techniques.elementwise == "fused"
+    whole = stack.norms * (wide * (2 if model.norm == "layer" or fused else 3) + (2 * wide if dropped else 0) + 8)
     # Split over tensor ranks: queries, keys, values, the mixed values, a number per row of scores, and features of
     # the feed-forward layer.
     split = (2 * wide + 4 * model.heads) * attentions
-    features = {"relu": 1, "gelu": 2, "swiglu": 4}[model.feed_forward]
+    features = {"relu": 1, "gelu": 2, "swiglu": 3 if fused else 4}[model.feed_forward]
     split += features * model.d_ff * width
-    keys = 2 * wide * stack.tokens + 2 * wide * stack.memory_tokens
+    # Our attention repeats shared keys and values for every head, flash attention does not.
+    narrow = wide * model.heads_of_keys // model.heads if techniques.attention == "flash" else wide
+    keys = 2 * narrow * (stack.tokens + stack.memory_tokens)
     bytes_per_row = stack.tokens * split + keys
     scores = stack.tokens * (stack.tokens + stack.memory_tokens)
     mask = 0.0
