@@ -340,7 +340,18 @@ def test_the_command_is_quick_and_imports_nothing_heavy():
 
 
 def test_the_command_speaks_json():
-    done = telar("configs/llama_70b.yaml", "--nodes", "16", "--device", "h200", "--set", "train.steps=7", "--mtbf", "3h", "--json")
+    done = telar(
+        "configs/llama_70b.yaml",
+        "--nodes",
+        "16",
+        "--device",
+        "h200",
+        "--set",
+        "train.steps=7",
+        "--mtbf",
+        "3h",
+        "--json",
+    )
     facts = json.loads(done.stdout)
     assert facts["run"]["steps"] == 7 and facts["checkpoints"]["mtbf_seconds"] == 10800
     speeds = [one["tokens_per_second"] for one in facts["layouts"] if one["problem"] is None]
