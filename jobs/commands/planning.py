@@ -56,12 +56,14 @@ def plan(
 
         checkpoints = found.facts["checkpoints"]
         title = (
-            f"{Path(file).stem}: {found.facts['nodes']:,} nodes, a failure every "
-            f"{in_words(checkpoints['mtbf_seconds'])}, a checkpoint every "
-            f"{in_words(found.facts['simulation']['interval_seconds'])}"
+            f"{Path(file).stem} on {found.facts['nodes']:,} nodes, a failure every "
+            f"{in_words(checkpoints['mtbf_seconds'])}"
         )
-        write_plot(found.simulation, plot, title)
-        found.facts["simulation"]["plot"] = plot
+        runs = {
+            f"checkpoint every {in_words(found.facts['simulation'][name]['interval_seconds'])} ({name})": run
+            for name, run in found.simulations.items()
+        }
+        write_plot(runs, plot, title)
     return found
 
 

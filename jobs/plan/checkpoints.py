@@ -20,6 +20,8 @@ GPU_SECONDS_BETWEEN_FAILURES = 54 * 86400 * 16384 / 419
 # Detecting a failure, a new process group, imports and engines, before states are read (elastic.start_timeout_seconds
 # is the limit).
 RESTART_SECONDS = 120.0
+# Ranks meet before they copy, and training picks up speed after it: assumed, not measured.
+MEETING_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ def checkpoint_cost(config: RunConfig, shape: Shape, layout: Layout, device: Dev
     if config.optimizer.name == "muon":
         size -= 4.0 * hidden_matrix_elements(shape)
     per_node = size / layout.nodes
-    stall = size / layout.ranks / (device.host_gb_per_second * 1e9)
+    stall = MEETING_SECONDS + size / layout.ranks / (device.host_gb_per_second * 1e9)
     lag = per_node / (device.storage_gb_per_second * 1e9)
     return CheckpointCost(size, stall, lag, RESTART_SECONDS + lag)
 

@@ -39,10 +39,10 @@ class Question:
 
 @dataclass(frozen=True)
 class Plan:
-    """The answer: `facts` for JSON and tables, `simulation` for the plot."""
+    """The answer: `facts` for JSON and tables, and simulated runs by what their checkpoint interval is."""
 
     facts: dict[str, Any]
-    simulation: Simulation | None
+    simulations: dict[str, Simulation]
 
 
 def make_plan(config: RunConfig, question: Question) -> Plan:
@@ -92,14 +92,20 @@ def make_plan(config: RunConfig, question: Question) -> Plan:
     cost = checkpoint_cost(config, shape, subject.layout, device)
     facts["checkpoints"], mtbf = _checkpoints(config, subject, cost, question.mtbf)
     facts["data"] = _data(config, shape, subject, gpus_per_node)
-    simulation = None
+    simulations: dict[str, Simulation] = {}
     if question.horizon is not None:
-        interval = facts["checkpoints"]["best_interval_seconds"]
-        nodes = subject.layout.nodes
-        simulation = simulate(question.horizon, interval, cost, mtbf, nodes, question.seed, question.spares)
-        expected = expected_goodput(interval, cost, mtbf)
-        facts["simulation"] = {**simulation.as_dict(), "expected_goodput": expected, "interval_seconds": interval}
-    return Plan(facts, simulation)
+        facts["simulation"] = {}
+        for name, field_name in {"configured": "interval_seconds", "best": "best_interval_seconds"}.items():
+            interval = facts["checkpoints"][field_name]
+            run = simulate(question.horizon, interval, cost, mtbf, subject.layout.nodes, question.seed, question.spares)
+            simulations[name] = run
+            expected = expected_goodput(interval, cost, mtbf)
+            facts["simulation"][name] = {
+                **run.as_dict(),
+                "expected_goodput": expected,
+                "interval_seconds": interval,
+            }
+    return Plan(facts, simulations)
 
 
 def _run(config: RunConfig, shape: Shape, subject: Candidate, device: Device) -> dict[str, float]:

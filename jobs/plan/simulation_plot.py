@@ -1,17 +1,22 @@
-"""A simulated run as a picture: progress against wall time, and where the time went."""
+"""Simulated runs as a picture: how far each falls behind a run without failures, and by what."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from configs.errors import ConfigError
 from jobs.plan.simulation import Simulation
 
-DAY = 86400.0
+COLOURS = ("#1f5fa8", "#e08a2b")
+DAY, HOUR = 86400.0, 3600.0
 
 
-def write_plot(simulation: Simulation, file: str, title: str) -> None:
-    """A PNG; raises ConfigError where the file cannot be written."""
+def write_plot(runs: Mapping[str, Simulation], file: str, title: str) -> None:
+    """A PNG of runs of one length by their names; raises ConfigError where the file cannot be written.
+
+    Above: wall time less progress. Below: the shares of wall time that made no progress.
+    """
     target = Path(file)
     if target.suffix.lower() != ".png":
         raise ConfigError(f"--plot {file}: must end in .png")
@@ -20,30 +25,33 @@ def write_plot(simulation: Simulation, file: str, title: str) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, (above, below) = pyplot.subplots(2, 1, figsize=(9, 6), height_ratios=[4, 1], layout="constrained")
-    days = simulation.horizon / DAY
-    above.plot([0, days], [0, days], color="0.75", linewidth=1, label="no failures, no checkpoints")
-    times, progress = zip(*((time / DAY, done / DAY) for time, done in simulation.path), strict=True)
-    above.plot(times, progress, color="#1f5fa8", linewidth=1.2, label=f"this run: goodput {simulation.goodput:.1%}")
-    failures = [time / DAY for time in simulation.failure_times]
-    above.plot(failures, [0] * len(failures), "|", color="#b3261e", label=f"{len(failures)} failures")
-    above.set(xlabel="wall time, days", ylabel="progress, days of training", xlim=(0, days), ylim=(0, days))
+    figure, (above, below) = pyplot.subplots(2, 1, figsize=(9, 6), height_ratios=[3, 1], layout="constrained")
+    for colour, (name, run) in zip(COLOURS, runs.items(), strict=False):
+        times, behind = zip(*((time / DAY, (time - done) / HOUR) for time, done in run.path), strict=True)
+        label = f"{name}: goodput {run.goodput:.2%}, {len(run.failure_times):,} failures"
+        above.plot(times, behind, color=colour, linewidth=1.2, label=label)
+    first = next(iter(runs.values()))
+    failures = [time / DAY for time in first.failure_times]
+    above.plot(failures, [0.0] * len(failures), "|", color="0.4", markersize=5, clip_on=False)
+    above.set(xlabel="wall time, days (ticks: failures)", ylabel="behind a run without failures, hours")
+    above.set(xlim=(0, first.horizon / DAY), ylim=(0, None))
     above.set_title(title, fontsize=11)
     above.legend(frameon=False, loc="upper left")
-    shares = {
-        "training kept": (simulation.progress, "#1f5fa8"),
-        "lost": (simulation.lost, "#b3261e"),
-        "restarting": (simulation.restarting, "#e08a2b"),
-        "waiting for nodes": (simulation.waiting, "#8d6e63"),
-        "checkpoint stalls": (simulation.stalled, "#7a7a7a"),
+    causes = {
+        "lost": ("#b3261e", [run.lost for run in runs.values()]),
+        "restarting": ("#e3b341", [run.restarting for run in runs.values()]),
+        "waiting for nodes": ("#8d6e63", [run.waiting for run in runs.values()]),
+        "copying": ("#7a7a7a", [run.stalled for run in runs.values()]),
     }
-    left = 0.0
-    for name, (seconds, colour) in shares.items():
-        share = seconds / simulation.horizon
-        below.barh(0, share, left=left, color=colour, label=f"{name} {share:.2%}")
-        left += share
-    below.set(xlim=(0, 1), yticks=[], xlabel="share of wall time")
-    below.legend(frameon=False, ncols=5, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    left = [0.0] * len(runs)
+    for name, (colour, seconds) in causes.items():
+        shares = [100 * value / first.horizon for value in seconds]
+        below.barh(range(len(runs)), shares, left=left, color=colour, label=name, height=0.6)
+        left = [start + share for start, share in zip(left, shares, strict=True)]
+    below.set(yticks=range(len(runs)), yticklabels=[name.replace(" (", "\n(") for name in runs])
+    below.set(xlabel="wall time without progress, %")
+    below.invert_yaxis()
+    below.legend(frameon=False, ncols=4, fontsize=9, loc="lower left", bbox_to_anchor=(0.0, 1.0))
     for axes in (above, below):
         axes.spines[["top", "right"]].set_visible(False)
     try:

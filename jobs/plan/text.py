@@ -25,7 +25,7 @@ def as_text(facts: dict[str, Any], rows: int, width: int | None) -> str:
     parts += [Text("t tensor, p pipeline, d data ranks, z ZeRO stage; GiB of the fullest rank", style="dim"), Text()]
     parts += [_facts(_run(facts)), Text(), _facts(_checkpoints(facts))]
     if "simulation" in facts:
-        parts += [Text(), _facts(_simulation(facts["simulation"]))]
+        parts += [Text(), _simulated(facts["simulation"])]
     return render(parts, width)
 
 
@@ -229,26 +229,24 @@ def _checkpoints(facts: dict[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
-def _simulation(found: dict[str, Any]) -> list[tuple[str, str]]:
-    horizon = found["horizon_seconds"]
-    shares = {
-        name: found[f"{key}_seconds"] / horizon
-        for name, key in {
-            "lost": "lost",
-            "restarting": "restarting",
-            "waiting for nodes": "waiting",
-            "copying": "stalled",
-        }.items()
-    }
-    return [
-        (
-            "simulated",
-            f"{in_words(horizon)} on {found['nodes']:,} nodes, a checkpoint every "
-            f"{in_words(found['interval_seconds'])}: {found['failures']:,} failures, {found['checkpoints']:,} "
-            f"checkpoints, goodput {found['goodput']:.2%} (closed form {found['expected_goodput']:.2%})",
-        ),
-        ("", ", ".join(f"{name} {share:.2%}" for name, share in shares.items())),
-    ]
+def _simulated(runs: dict[str, dict[str, Any]]) -> Table:
+    horizon = in_words(runs["best"]["horizon_seconds"])
+    table = _table(f"simulated {horizon}", "every", "failures", "lost", "restarts", "waiting", "copies", "goodput", "")
+    for name, one in runs.items():
+        shares = (
+            f"{one[f'{key}_seconds'] / one['horizon_seconds']:.2%}"
+            for key in ("lost", "restarting", "waiting", "stalled")
+        )
+        table.add_row(
+            f"{name} interval",
+            in_words(one["interval_seconds"]),
+            f"{one['failures']:,}",
+            *shares,
+            f"{one['goodput']:.2%}",
+            f"({one['expected_goodput']:.2%})",
+        )
+    table.columns[-1].header = "(formula)"
+    return table
 
 
 def _largest(one: dict[str, Any]) -> str:
