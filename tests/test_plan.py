@@ -272,8 +272,30 @@ def test_bytes_on_the_wire_of_a_hand_counted_step():
     # Per layer and micro-batch 4 all-reduces of 2 x 16 x 32 floats, of which each of 2 ranks sends as many bytes.
     assert sent["tensor"].bytes == 4 * 2 * 4 * (2 * 16 * 32 * 4)
     held = (4 * (4 * 32 * 32 + 2 * 32 * 96) + 320 * 32) / 2
-    assert sent["gradients"].bytes == pytest.approx(held * 4, rel=0.02)
+    assert sent["gradients"].bytes == pytest.approx(held * 4 / 2, rel=0.02)
     assert sent["parameters"].bytes == pytest.approx(held * 4 / 2, rel=0.02)
+
+
+def test_collectives_of_replicas_use_all_network_cards_of_a_node():
+    """Bus bandwidth between nodes: one card per rank of the group in a node, never more than the node's own links."""
+    config, device = load_config(ROOT / "configs/llama_8b.yaml"), find_device("h100")
+    rates = []
+    for tensor in (1, 4, 8):
+        step = step_time(config, shape_of(config), Layout(tensor, 1, 64 // tensor, 1, 8), device, Techniques())
+        flow = next(flow for flow in step.flows if flow.name == "gradients")
+        assert flow.link == "network"
+        rates.append(flow.bytes / flow.seconds / 1e9)
+    assert rates == pytest.approx([0.8 * 400, 0.8 * 100, 0.8 * 50])
+
+
+def test_a_node_reads_what_its_replicas_train_on():
+    config = load_config(ROOT / "configs/gpt_124m.yaml")
+    one, four = (make_plan(config, Question(find_device("h100"), nodes=nodes)).facts for nodes in (1, 4))
+    assert one["data"]["node_bytes_per_second"] == pytest.approx(2 * one["run"]["tokens_per_second"])
+    assert four["data"]["node_bytes_per_second"] == pytest.approx(2 * four["run"]["tokens_per_second"] / 4)
+    assert one["data"]["bytes"] == 100_000 * 512 * 1024 * 2
+    assert one["run"]["gpu_hours"] == pytest.approx(100_000 * one["run"]["step_seconds"] * 8 / 3600)
+    assert one["run"]["energy_kwh"] == pytest.approx(one["run"]["gpu_hours"] * 0.7)
 
 
 def test_devices_are_listed_when_one_is_unknown(tmp_path):

@@ -23,8 +23,8 @@ from jobs.plan.techniques import Techniques
 ATTENTION_SHARE = {"flash": 0.4, "masked": 0.25, "unfused": 0.6}
 # Share of memory bandwidth that kernels reach which stream from and to it.
 STREAMING = 0.85
-# Bytes that move per score, of which there are heads x tokens x keys, where scores are written out: product, scale and
-# mask, softmax and dropout, forward and backward, two bytes each.
+# Passes over all scores (heads x tokens x keys) where they are written out: product, scale and mask, softmax and
+# dropout, forward and backward.
 UNFUSED_PASSES = 13
 # Passes over d_model elements per norm (with its residual sum and cast), and over d_ff elements per activation, forward
 # and backward: each reads or writes every element once. Eager runs bias, cast, norm, sum and their gradients apart.
@@ -39,11 +39,6 @@ class LayerTime:
     matrices: float
     attention: float
     memory: float
-
-    @property
-    def total(self) -> float:
-        """All of it."""
-        return self.matrices + self.attention + self.memory
 
 
 def layer_time(

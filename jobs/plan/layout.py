@@ -11,7 +11,11 @@ from jobs.plan.parameters import shape_of
 
 @dataclass(frozen=True)
 class Layout:
-    """Ranks along each way of sharing; `gpus_per_node` of them share a node, tensor ranks being neighbours."""
+    """Ranks along each way of sharing, `gpus_per_node` of them in a node.
+
+    Neighbours are tensor ranks, then replicas, then pipeline stages: the order of DeepSpeed's
+    PipeModelDataParallelTopology and of Megatron-LM.
+    """
 
     tensor: int
     pipeline: int
@@ -28,6 +32,11 @@ class Layout:
     def nodes(self) -> int:
         """Nodes that they fill."""
         return -(-self.ranks // self.gpus_per_node)
+
+    @property
+    def replicas_per_node(self) -> int:
+        """Replicas that have ranks of one stage in the same node."""
+        return max(1, min(self.data, self.gpus_per_node // self.tensor))
 
     @property
     def settings(self) -> str | None:

@@ -91,7 +91,7 @@ def make_plan(config: RunConfig, question: Question) -> Plan:
     }
     cost = checkpoint_cost(config, shape, subject.layout, device)
     facts["checkpoints"], mtbf = _checkpoints(config, subject, cost, question.mtbf)
-    facts["data"] = _data(config, shape, subject, gpus_per_node)
+    facts["data"] = _data(config, shape, subject)
     simulations: dict[str, Simulation] = {}
     if question.horizon is not None:
         facts["simulation"] = {}
@@ -153,13 +153,11 @@ def _checkpoints(
     return found, mtbf
 
 
-def _data(config: RunConfig, shape: Shape, subject: Candidate, gpus_per_node: int) -> dict[str, float]:
+def _data(config: RunConfig, shape: Shape, subject: Candidate) -> dict[str, float]:
     """Prepared samples of full length as shards hold them: two bytes per token of vocabularies to 65,536, else four."""
     width = 2 if shape.vocabulary <= 1 << 16 else 4
     sample = shape.tokens * width
     layout = subject.layout
-    # A replica of several nodes is fed on each of them.
-    replicas = max(1, min(layout.data, gpus_per_node // (layout.tensor * layout.pipeline)))
     samples = config.train.global_batch_sequences * config.train.steps
     per_second = config.train.global_batch_sequences / subject.step.seconds
     return {
@@ -167,5 +165,5 @@ def _data(config: RunConfig, shape: Shape, subject: Candidate, gpus_per_node: in
         "samples": samples,
         "shards": -(-samples // config.data.shard_rows),
         "bytes": samples * sample,
-        "node_bytes_per_second": per_second * sample / layout.data * replicas,
+        "node_bytes_per_second": per_second * sample / layout.data * layout.replicas_per_node,
     }

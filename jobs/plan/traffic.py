@@ -62,7 +62,7 @@ def step_traffic(
         sent = 2.0 * count * rows * tokens * shape.model.d_model * width * techniques.interleave
         if techniques.sequence_parallel:
             sent /= layout.tensor
-        inside = layout.tensor * layout.pipeline <= layout.gpus_per_node
+        inside = layout.ranks <= layout.gpus_per_node
         rate = device.link_gb_per_second if inside else device.network_gb_per_second
         flows.append(Flow("pipeline", "node" if inside else "network", sent, sent / (rate * 1e9 * LINK_SHARE)))
     if layout.data > 1:
@@ -82,23 +82,20 @@ def _of_replicas(
 ) -> list[Flow]:
     """Gradients out and parameters in, between the ranks that hold the same part of the model."""
     share = (layout.data - 1) / layout.data
-    inside = layout.ranks <= layout.gpus_per_node
-    neighbours = (
-        max(1, layout.gpus_per_node // (layout.tensor * layout.pipeline))
-        if layout.pipeline > 1
-        else max(1, layout.gpus_per_node // layout.tensor)
-    )
+    inside = layout.tensor * layout.data <= layout.gpus_per_node
     rate = device.link_gb_per_second
     if not inside:
-        rate = min(rate, device.network_gb_per_second * neighbours)
+        rate = min(rate, device.network_gb_per_second * layout.replicas_per_node)
     speed = rate * 1e9 * LINK_SHARE
     if layout.zero == 3:
         # All-gathers before forward and before backward of every micro-batch, and its gradients out.
         gathered, reduced = 2 * count * share * held * width, count * share * held * techniques.gradient_bytes
     else:
         gathered = share * held * width
-        # ZeRO-1 keeps all sums and reduces once a step; ZeRO-2 keeps a shard and reduces every micro-batch.
-        reduced = share * held * techniques.gradient_bytes * (2 if layout.zero == 1 else count)
+        # ZeRO-1 keeps all sums and reduces once a step, in bf16 by all-reduce; ZeRO-2 keeps a shard and reduces every
+        # micro-batch.
+        times = count if layout.zero == 2 else 2 if width == 2 else 1
+        reduced = share * held * techniques.gradient_bytes * times
     exposed = 1 - HIDDEN if techniques.overlap else 1.0
     link = "node" if inside else "network"
     return [
