@@ -218,15 +218,30 @@ def test_devices_and_links_that_are_faster_make_steps_shorter_by_as_much(factor,
     config = load_config(ROOT / "configs/llama_8b.yaml")
     slow = find_device("a100")
     rates = [name for name in Device.model_fields if name.endswith(("tflops", "per_second"))]
-    fast = slow.model_copy(update={name: getattr(slow, name) * factor for name in rates})
+    update = {name: getattr(slow, name) * factor for name in rates}
+    fast = slow.model_copy(update={**update, "launch_microseconds": slow.launch_microseconds / factor})
     before, after = (
         step_time(config, shape_of(config), Layout(*layout, 8), device, Techniques()) for device in (slow, fast)
     )
     assert before.seconds == pytest.approx(after.seconds * factor)
     assert before.utilisation == pytest.approx(after.utilisation)
     # Nothing of the step is counted twice or left out.
-    parts = (before.matrices, before.attention, before.memory, before.head, before.optimizer)
+    parts = (before.matrices, before.attention, before.memory, before.launch, before.head, before.optimizer)
     assert before.seconds == pytest.approx(sum(parts) + before.communication + before.bubble + before.stragglers)
+
+
+def test_a_tiny_model_is_no_quicker_than_its_kernels_are_started():
+    config = load_config(ROOT / "configs/multi30k_tiny.yaml")
+    tiny, wide = (
+        step_time(one, shape_of(one), Layout(1, 1, 1, 1, 8), find_device("h100"), Techniques())
+        for one in (config, load_config(ROOT / "configs/llama_8b.yaml"))
+    )
+    layers = tiny.matrices + tiny.attention + tiny.memory + tiny.launch
+    # 8 layers, 100 kernels of 5 microseconds.
+    assert layers == pytest.approx(
+        8 * 500e-6 * config.train.global_batch_sequences / config.train.micro_batch_sequences
+    )
+    assert wide.launch == 0
 
 
 def one_forward_one_backward(stages, micro_batches):
@@ -259,7 +274,8 @@ def one_forward_one_backward(stages, micro_batches):
 def test_the_bubble_is_that_of_the_schedule(stages, batch):
     config = make_config(rows=1, batch=batch, decoder_layers=8, architecture="decoder")
     step = step_time(config, shape_of(config), Layout(1, stages, 1, 1, 8), find_device("h100"), Techniques())
-    busy = step.matrices + step.attention + step.memory + step.head + sum(flow.seconds for flow in step.flows)
+    busy = step.matrices + step.attention + step.memory + step.launch + step.head
+    busy += sum(flow.seconds for flow in step.flows)
     assert step.bubble / busy == pytest.approx(one_forward_one_backward(stages, batch) / (3 * batch) - 1)
 
 
@@ -389,6 +405,7 @@ def test_the_command_speaks_json():
         (("configs/smoke.yaml", "--device", "tpu"), "--device: unknown device 'tpu'"),
         (("configs/smoke.yaml", "--mtbf", "often"), "--mtbf: 'often'"),
         (("configs/smoke.yaml", "--plot", "a.png"), "--plot: there is nothing to draw"),
+        (("configs/smoke.yaml", "--simulate", "9w", "--mtbf", "1s"), "--simulate: 5.44e+06 failures"),
         (("configs/smoke.yaml", "--set", "model.heads=3"), "model.heads: 3 heads"),
         (("configs/nothing.yaml",), "no such configuration file"),
         ((), "CONFIG"),

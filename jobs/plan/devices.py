@@ -33,6 +33,7 @@ class Device(Section):
     watts: float = Positive
     gpus_per_node: PositiveInt
     attainable: float = Field(gt=0.0, le=1.0, description="share of the peak that large matrices reach")
+    launch_microseconds: float = Field(ge=0.0, description="of the host, to start one kernel")
     ramp: float = Field(ge=0.0, description="inner elements that the start and end of a tile of a product cost")
 
     @property

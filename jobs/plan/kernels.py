@@ -30,15 +30,22 @@ UNFUSED_PASSES = 13
 # and backward: each reads or writes every element once. Eager runs bias, cast, norm, sum and their gradients apart.
 NORM_PASSES = {"fused": 9, "eager": 36}
 FEATURE_PASSES = {"fused": 6, "eager": 12}
+# Kernels of one layer, forward and backward, each of which the host takes device.launch_microseconds to start: a layer
+# cannot be quicker than that. Counted roughly, not measured.
+KERNELS = {"fused": 50, "eager": 100}
 
 
 @dataclass(frozen=True)
 class LayerTime:
-    """Seconds of one layer's forward and backward for one micro-batch on one tensor rank."""
+    """Seconds of one layer's forward and backward for one micro-batch on one tensor rank.
+
+    `launch` is what a layer of small tensors waits for the host to start its kernels.
+    """
 
     matrices: float
     attention: float
     memory: float
+    launch: float
 
 
 def layer_time(
@@ -64,7 +71,9 @@ def layer_time(
     if techniques.attention == "unfused":
         moved += UNFUSED_PASSES * model.heads * keys / tensor
     memory = moved * width * rows * stack.tokens / (device.memory_gb_per_second * 1e9 * STREAMING)
-    return LayerTime(matrices * again, attention * again, memory * again)
+    work = (matrices + attention + memory) * again
+    launch = max(0.0, KERNELS[techniques.elementwise] * device.launch_microseconds * 1e-6 - work)
+    return LayerTime(matrices * again, attention * again, memory * again, launch)
 
 
 def matrix_time(matrix: Matrix, tokens: int, tensor: int, speed: float, ramp: float) -> float:

@@ -22,6 +22,9 @@ from jobs.plan.ranking import Candidate, candidate, ranked
 from jobs.plan.simulation import Simulation, simulate
 from jobs.plan.techniques import Techniques
 
+# Some seconds of computing.
+MOST_FAILURES = 1_000_000
+
 
 @dataclass(frozen=True)
 class Question:
@@ -94,6 +97,11 @@ def make_plan(config: RunConfig, question: Question) -> Plan:
     facts["data"] = _data(config, shape, subject)
     simulations: dict[str, Simulation] = {}
     if question.horizon is not None:
+        if question.horizon > MOST_FAILURES * mtbf:
+            raise ConfigError(
+                f"--simulate: {question.horizon / mtbf:.3g} failures would take long; ask for a shorter time or a "
+                f"longer --mtbf, {MOST_FAILURES:,} failures at most"
+            )
         facts["simulation"] = {}
         for name, field_name in {"configured": "interval_seconds", "best": "best_interval_seconds"}.items():
             interval = facts["checkpoints"][field_name]
@@ -134,7 +142,8 @@ def _checkpoints(
     given = mtbf is not None
     mtbf = mtbf if mtbf is not None else time_between_failures(subject.layout)
     interval = config.checkpoint.every_steps * subject.step.seconds
-    best = max(subject.step.seconds, best_interval(cost, mtbf))
+    # Not shorter than a step, not longer than the run.
+    best = min(max(subject.step.seconds, best_interval(cost, mtbf)), subject.step.seconds * config.train.steps)
     found = {
         "bytes": cost.bytes,
         "bytes_per_node": cost.bytes / subject.layout.nodes,

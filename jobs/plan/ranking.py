@@ -45,6 +45,7 @@ class Candidate:
                 "matrices": step.matrices,
                 "attention": step.attention,
                 "memory": step.memory,
+                "launch": step.launch,
                 "head": step.head,
                 "optimizer": step.optimizer,
                 **{flow.name: flow.seconds for flow in step.flows},

@@ -27,6 +27,7 @@ class StepTime:
     matrices: float
     attention: float
     memory: float
+    launch: float
     head: float
     optimizer: float
     bubble: float
@@ -45,7 +46,7 @@ class StepTime:
     @property
     def seconds(self) -> float:
         """The whole step."""
-        work = self.matrices + self.attention + self.memory + self.head + self.optimizer
+        work = self.matrices + self.attention + self.memory + self.launch + self.head + self.optimizer
         return work + self.communication + self.bubble + self.stragglers
 
     @property
@@ -76,9 +77,9 @@ def step_time(config: RunConfig, shape: Shape, layout: Layout, device: Device, t
     layers = [
         (stack, layer_time(config, shape, stack, layout, device, techniques)) for stack in shape.stacks if stack.depth
     ]
-    matrices, attention, memory = (
+    matrices, attention, memory, launch = (
         share * count * sum(stack.depth * getattr(time, kind) for stack, time in layers)
-        for kind in ("matrices", "attention", "memory")
+        for kind in ("matrices", "attention", "memory", "launch")
     )
     # The head runs on the last stage, which all others wait for.
     head = count * head_time(config, shape, layout, device)
@@ -86,7 +87,7 @@ def step_time(config: RunConfig, shape: Shape, layout: Layout, device: Device, t
     flows = tuple(step_traffic(config, shape, layout, device, techniques, held))
     within = sum(flow.seconds for flow in flows if flow.name in ("tensor", "pipeline"))
     # (p - 1) / (v m) of the work of a stage (Narayanan et al. 2021, section 2.2).
-    busy = matrices + attention + memory + head + within
+    busy = matrices + attention + memory + launch + head + within
     bubble = busy * (layout.pipeline - 1) / (techniques.interleave * count)
     optimizer = optimizer_time(held, layout.data, device)
     work = busy + bubble + optimizer + sum(flow.seconds for flow in flows if flow.name not in ("tensor", "pipeline"))
@@ -96,6 +97,7 @@ def step_time(config: RunConfig, shape: Shape, layout: Layout, device: Device, t
         matrices,
         attention,
         memory,
+        launch,
         head,
         optimizer,
         bubble,

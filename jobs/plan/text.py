@@ -141,6 +141,7 @@ def _time(facts: dict[str, Any]) -> Table:
         "matrices": "matrix multiplications of the layers",
         "attention": "scores and mixing",
         "memory": "norms, activations, residuals",
+        "launch": "small kernels wait for the host",
         "head": "output projection and loss",
         "optimizer": "Adam on a rank's share",
         "tensor": "all-reduces between tensor ranks",
