@@ -293,6 +293,37 @@ def inspect(
 
 
 @cli.command()
+@click.argument("config", required=False)
+@click.option("--nodes", type=click.IntRange(1, 100_000), help="Nodes; default: as many as the configuration fills.")
+@click.option("--gpus-per-node", type=click.IntRange(1, 1024), help="Devices in a node; default: the device's.")
+@click.option("--device", metavar="NAME|FILE", help="h100, h200, a100, cpu, or a YAML file of a device's fields.")
+@click.option(
+    "--assume", "assumed", multiple=True, metavar="A=B", help="Software that Telar is not: recompute=full, ..."
+)
+@click.option("--mtbf", metavar="TIME", help="Mean time between failures of the whole run, e.g. 3h.")
+@click.option("--simulate", metavar="TIME", help="Simulate so long a run against failures, e.g. 30d.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the simulation.")
+@click.option("--spares", type=click.IntRange(min=0), help="Spare nodes of the simulation; default: always one.")
+@click.option("--plot", metavar="PNG", help="With --simulate: draw progress and losses.")
+@click.option("--layouts", "rows", type=click.IntRange(1, 10_000), default=10, show_default=True, help="Layouts shown.")
+@click.option("--published", is_flag=True, help="Show predictions for published runs instead; needs no CONFIG.")
+@overrides
+@as_json
+def plan(config: str | None, rows: int, published: bool, as_json: bool, **question: Any) -> None:
+    """What a run will need: memory, layouts, time, energy, checkpoints, goodput. Needs no cluster and no GPU."""
+    from jobs.commands import planning
+
+    if published:
+        result, text = planning.published(None if as_json else sys.stdout)
+        _print(as_json, result, text)
+        return
+    if config is None:
+        raise click.UsageError("Missing argument 'CONFIG' (or --published)")
+    found = planning.plan(config, **question)
+    _print(as_json, found.facts, "" if as_json else planning.on(sys.stdout, found, rows))
+
+
+@cli.command()
 @click.argument("run")
 @storage
 @as_json

@@ -123,6 +123,8 @@ def test_numbers_and_dates_mean_what_they_look_like(tmp_path):
     config = load_config(file, ["optimizer.learning_rate=3e-4", "optimizer.eps=1E-8", "model.dropout=.25"])
     assert config.run.name == "2026-11-22"
     assert (config.optimizer.learning_rate, config.optimizer.eps, config.model.dropout) == (3e-4, 1e-8, 0.25)
+    # Text that only begins like a number is text.
+    assert load_config(file, ["data.corpora.a.source=2.5 kg"]).data.corpora[0].source == "2.5 kg"
     with pytest.raises(ConfigError, match="valid integer, not 400"):
         load_config(file, ["train.steps=4e2"])
 

@@ -1,0 +1,107 @@
+"""How ranks share a model: tensor x pipeline x data and a ZeRO stage; which are legal, and why others are not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from configs.schema import ParallelismSection, RunConfig
+from jobs.plan.parameters import shape_of
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Ranks along each way of sharing, `gpus_per_node` of them in a node.
+
+    Neighbours are tensor ranks, then replicas, then pipeline stages: the order of DeepSpeed's
+    PipeModelDataParallelTopology and of Megatron-LM.
+    """
+
+    tensor: int
+    pipeline: int
+    data: int
+    zero: int
+    gpus_per_node: int
+
+    @property
+    def ranks(self) -> int:
+        """All ranks."""
+        return self.tensor * self.pipeline * self.data
+
+    @property
+    def nodes(self) -> int:
+        """Nodes that they fill."""
+        return -(-self.ranks // self.gpus_per_node)
+
+    @property
+    def replicas_per_node(self) -> int:
+        """Replicas that have ranks of one stage in the same node."""
+        return max(1, min(self.data, self.gpus_per_node // self.tensor))
+
+    @property
+    def settings(self) -> str | None:
+        """The `--set` options that ask for it; None where the configuration has no field for one of its ways."""
+        fields = {"tensor": self.tensor, "pipeline": self.pipeline, "data": self.data, "zero_stage": self.zero}
+        known = ParallelismSection.model_fields
+        if any(value != 1 for name, value in fields.items() if name not in known):
+            return None
+        return " ".join(f"--set parallelism.{name}={value}" for name, value in fields.items() if name in known)
+
+    def __str__(self) -> str:
+        return f"tensor {self.tensor} x pipeline {self.pipeline} x data {self.data}, ZeRO-{self.zero}"
+
+
+def configured(config: RunConfig) -> tuple[int, int]:
+    """Tensor and pipeline ranks of the configuration, 1 where its schema does not have the field."""
+    section = config.parallelism
+    return getattr(section, "tensor", 1), getattr(section, "pipeline", 1)
+
+
+def micro_batches(config: RunConfig) -> int:
+    """Micro-batches of one optimizer step, all replicas together."""
+    return config.train.global_batch_sequences // config.train.micro_batch_sequences
+
+
+def chosen_layout(config: RunConfig, gpus_per_node: int, nodes: int | None) -> Layout:
+    """The configured layout; where `nodes` are given its replicas are as many as fill them (1 at least)."""
+    tensor, pipeline = configured(config)
+    data = config.parallelism.data
+    if nodes is not None:
+        data = max(1, nodes * gpus_per_node // (tensor * pipeline))
+    return Layout(tensor, pipeline, data, config.parallelism.zero_stage, gpus_per_node)
+
+
+def problem(config: RunConfig, layout: Layout) -> str | None:
+    """Why the model cannot run in this layout, apart from memory; None if it can."""
+    model, tensor, pipeline = config.model, layout.tensor, layout.pipeline
+    for field, size in (("heads", model.heads), ("key_value_heads", model.heads_of_keys), ("d_ff", model.d_ff)):
+        if size % tensor:
+            return f"model.{field} = {size} does not divide over {tensor} tensor ranks"
+    if tensor > layout.gpus_per_node:
+        return f"{tensor} tensor ranks do not fit into a node of {layout.gpus_per_node}"
+    if tensor > 1 and config.optimizer.name == "muon":
+        return "muon orthogonalises whole matrices, which tensor ranks split"
+    layers = shape_of(config).layers
+    if pipeline > layers:
+        return f"{pipeline} pipeline stages for {layers} layers"
+    if pipeline > 1 and layout.zero > 1:
+        return "DeepSpeed's pipeline works with ZeRO-1 only"
+    count = micro_batches(config)
+    if layout.data > count:
+        return f"{layout.data} replicas share {count} micro-batches a step: some would idle"
+    return None
+
+
+def legal_layouts(config: RunConfig, ranks: int, gpus_per_node: int) -> Iterator[Layout]:
+    """Every layout of exactly so many ranks that `problem` allows."""
+    for tensor in _divisors(ranks):
+        for pipeline in _divisors(ranks // tensor):
+            for zero in (1, 2, 3):
+                layout = Layout(tensor, pipeline, ranks // tensor // pipeline, zero, gpus_per_node)
+                if problem(config, layout) is None:
+                    yield layout
+
+
+def _divisors(number: int) -> list[int]:
+    small = [i for i in range(1, int(number**0.5) + 1) if number % i == 0]
+    return sorted({*small, *(number // i for i in small)})
