@@ -3,6 +3,7 @@
 from itertools import combinations, pairwise
 
 import pytest
+import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -10,10 +11,11 @@ from cluster.placement import RankResources, rank_slots
 from configs.errors import ConfigError
 from configs.schema import ModelSection, ParallelismSection
 from model.balance import balanced, layer_costs, stage_names
+from model.engine import create_engine
 from model.mesh import Mesh
-from model.transformer import parameter_shapes
+from model.transformer import build_model, parameter_shapes
 from tests.gloo_pool import gloo_pool  # noqa: F401
-from tests.test_engine import make_config, train_on_nothing, train_with_engine
+from tests.test_engine import VOCABULARY, gathered, make_config, train_on_nothing, train_with_engine
 
 
 @settings(deadline=None, max_examples=150)
@@ -104,6 +106,31 @@ def test_a_stop_of_one_rank_is_heard_by_all_stages(gloo_pool):  # noqa: F811
 @pytest.mark.slow
 def test_a_step_without_tokens_or_without_finite_loss_is_an_error_on_all_stages(gloo_pool):  # noqa: F811
     assert gloo_pool.run(2, train_on_nothing, make_config(pipeline=2)) == [True, True]
+
+
+def start_from(config, initial):
+    engine = create_engine(config, VOCABULARY, 0, initial)
+    try:
+        return gathered(engine), engine.parameter_count
+    finally:
+        engine.close()
+
+
+def is_refused(config, initial):
+    with pytest.raises(KeyError, match="bridge"):
+        create_engine(config, VOCABULARY, 0, initial)
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_stages_start_from_given_weights(gloo_pool):  # noqa: F811
+    config = make_config(pipeline=2, tensor=2)
+    weights = {name: p.detach().clone() for name, p in build_model(config.model, VOCABULARY, 99).named_parameters()}
+    for found, count in gloo_pool.run(4, start_from, config, weights):
+        assert found.keys() == weights.keys()
+        assert all((found[name] == weights[name].numpy()).all() for name in weights)
+        assert count == sum(tensor.numel() for tensor in weights.values())
+    gloo_pool.run(2, is_refused, make_config(pipeline=2), {**weights, "bridge.weight": weights["embedding.weight"]})
 
 
 @pytest.mark.slow
