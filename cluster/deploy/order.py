@@ -63,7 +63,7 @@ def machines_for(
 
     Raises ConfigError when the ranks do not fit.
     """
-    ranks, each = config.parallelism.data, config.cluster.cpus_per_rank
+    ranks, each = config.parallelism.ranks, config.cluster.cpus_per_rank
     on_cpu = config.cluster.device == "cpu"
     if on_cpu and gpus_per_node:
         raise ConfigError(
@@ -82,7 +82,7 @@ def machines_for(
     if nodes is not None and nodes < needed:
         raise ConfigError(
             f"--nodes: {nodes} machines hold {nodes * per_node} ranks, parallelism asks for {ranks}; give {needed} or "
-            f"lower parallelism.data to {nodes * per_node}"
+            f"lower parallelism.data to {max(1, nodes * per_node // config.parallelism.ranks_per_replica)}"
         )
     return Machines(nodes or needed, gpus, cpus_per_node, memory_gib or MEMORY_GIB_PER_RANK * per_node)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from configs.schema import ParallelismSection, RunConfig
+from configs.schema import RunConfig
 from jobs.plan.parameters import shape_of
 
 
@@ -39,22 +39,13 @@ class Layout:
         return max(1, min(self.data, self.gpus_per_node // self.tensor))
 
     @property
-    def settings(self) -> str | None:
-        """The `--set` options that ask for it; None where the configuration has no field for one of its ways."""
+    def settings(self) -> str:
+        """The `--set` options that ask for it."""
         fields = {"tensor": self.tensor, "pipeline": self.pipeline, "data": self.data, "zero_stage": self.zero}
-        known = ParallelismSection.model_fields
-        if any(value != 1 for name, value in fields.items() if name not in known):
-            return None
-        return " ".join(f"--set parallelism.{name}={value}" for name, value in fields.items() if name in known)
+        return " ".join(f"--set parallelism.{name}={value}" for name, value in fields.items())
 
     def __str__(self) -> str:
         return f"tensor {self.tensor} x pipeline {self.pipeline} x data {self.data}, ZeRO-{self.zero}"
-
-
-def configured(config: RunConfig) -> tuple[int, int]:
-    """Tensor and pipeline ranks of the configuration, 1 where its schema does not have the field."""
-    section = config.parallelism
-    return getattr(section, "tensor", 1), getattr(section, "pipeline", 1)
 
 
 def micro_batches(config: RunConfig) -> int:
@@ -64,8 +55,8 @@ def micro_batches(config: RunConfig) -> int:
 
 def chosen_layout(config: RunConfig, gpus_per_node: int, nodes: int | None) -> Layout:
     """The configured layout; where `nodes` are given its replicas are as many as fill them (1 at least)."""
-    tensor, pipeline = configured(config)
-    data = config.parallelism.data
+    section = config.parallelism
+    tensor, pipeline, data = section.tensor, section.pipeline, section.data
     if nodes is not None:
         data = max(1, nodes * gpus_per_node // (tensor * pipeline))
     return Layout(tensor, pipeline, data, config.parallelism.zero_stage, gpus_per_node)
@@ -79,8 +70,6 @@ def problem(config: RunConfig, layout: Layout) -> str | None:
             return f"model.{field} = {size} does not divide over {tensor} tensor ranks"
     if tensor > layout.gpus_per_node:
         return f"{tensor} tensor ranks do not fit into a node of {layout.gpus_per_node}"
-    if tensor > 1 and config.optimizer.name == "muon":
-        return "muon orthogonalises whole matrices, which tensor ranks split"
     layers = shape_of(config).layers
     if pipeline > layers:
         return f"{pipeline} pipeline stages for {layers} layers"

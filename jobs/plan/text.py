@@ -112,7 +112,7 @@ def _model(facts: dict[str, Any]) -> list[tuple[str, str]]:
     chosen, subject = facts["chosen"], facts["subject"]
     pairs.append(("configured", f"{_name(chosen)}: {chosen['problem'] or 'fits'}"))
     if subject["why"] == "fastest":
-        how = subject["settings"] or "this version's configuration cannot ask for it"
+        how = subject["settings"]
         pairs.append(("fastest", f"{_name(subject)}: described below; {how}"))
     elif subject["why"] == "smallest":
         pairs.append(("smallest", f"{_name(subject)}: no layout fits, this one is nearest to it and described below"))
