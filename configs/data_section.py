@@ -85,7 +85,7 @@ class CorpusSection(Section):
         "cut in two); records outside are left out and counted",
     )
     weight: float = Field(1.0, gt=0.0, description="share of samples, relative to the other corpora")
-    task: Literal["likelihood", "summary", "completion", "translation"] = Field(
+    task: Literal["likelihood", "summary", "completion", "translation", "sentiment", "qa", "text_generation"] = Field(
         "likelihood", description="how held-out records are evaluated, besides their likelihood"
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,7 @@ from data.tokenizer import Tokenizer
 from jobs.batches import to_model
 from jobs.evaluator import Evaluator
 from jobs.loading import load_trained
-from jobs.tasks.base import Generate, LogLikelihood, Request
+from jobs.tasks.base import Choices, Generate, LogLikelihood, Request
 from model.batch import ModelBatch
 from model.beam import beam_search
 from model.generation import greedy
@@ -65,10 +66,15 @@ class ModelAnswers:
         answers: dict[int, dict[str, Any]] = {}
         writing = [i for i, request in enumerate(requests) if isinstance(request, Generate)]
         scoring = [i for i, request in enumerate(requests) if isinstance(request, LogLikelihood)]
+        choosing = [i for i, request in enumerate(requests) if isinstance(request, Choices)]
         scored = [requests[i] for i in scoring]
+        # Every candidate is one more pair of the same batch.
+        candidates = [LogLikelihood(requests[i].source, target) for i in choosing for target in requests[i].targets]
         sources = [requests[i].source for i in writing]
         answers.update(zip(writing, self._generate(sources, prefix, keep_head, max_new_tokens, pictures), strict=True))
-        answers.update(zip(scoring, self._score(scored, prefix, keep_head, pictures), strict=True))
+        found = iter(self._score([*scored, *candidates], prefix, keep_head, pictures))
+        answers.update((i, next(found)) for i in scoring)
+        answers.update((i, _of_candidates([next(found) for _ in requests[i].targets])) for i in choosing)
         return [answers[i] for i in range(len(requests))]
 
     def _generate(
@@ -163,6 +169,15 @@ class ModelAnswers:
         for text in texts:
             ids += self._tokenizer.encode_batch([text], prefix if prefix and text.startswith(prefix) else None)
         return ids
+
+
+def _of_candidates(scored: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One answer of `Choices` from those of its candidates."""
+    return {
+        "nll": [math.fsum(each["nll"]) for each in scored],
+        "tokens": [len(each["labels"]) for each in scored],
+        "bytes": [each["bytes"] for each in scored],
+    }
 
 
 def keeps_head(corpus: CorpusSection) -> bool:

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from cluster.storage import Storage
 from configs.errors import StorageError
 from configs.schema import EvaluateSection
-from jobs.tasks.base import Example, Generate, Row
+from jobs.tasks.base import Choices, Example, Generate, Request, Row
 
 FOLDER = "evaluation/slices"
 GREEDY = "greedy"
@@ -45,11 +45,15 @@ class Slice:
     @property
     def cost(self) -> int:
         """A rough measure of the work: characters to read, and many times as much for each token to write."""
-        return sum(
-            len(request.source) + (16 * self.max_new_tokens if isinstance(request, Generate) else len(request.target))
-            for example in self.examples
-            for request in example.requests
-        )
+        return sum(_cost(request, self.max_new_tokens) for example in self.examples for request in example.requests)
+
+
+def _cost(request: Request, max_new_tokens: int) -> int:
+    if isinstance(request, Generate):
+        return len(request.source) + 16 * max_new_tokens
+    if isinstance(request, Choices):
+        return sum(len(request.source) + len(target) for target in request.targets)
+    return len(request.source) + len(request.target)
 
 
 def decoding_of(evaluate: EvaluateSection) -> str:

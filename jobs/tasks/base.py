@@ -5,7 +5,7 @@ A task never sees the model: it states requests, the evaluators answer them, and
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
@@ -13,7 +13,7 @@ import numpy as np
 
 from configs.schema import EvaluateSection, RunConfig
 from data.held_out import HeldOut
-from jobs.intervals import Interval, ratio_interval
+from jobs.intervals import Interval, ratio_interval, statistic_interval
 from jobs.ngrams import NGrams
 
 
@@ -37,7 +37,19 @@ class LogLikelihood:
     target: str
 
 
-Request = Generate | LogLikelihood
+@dataclass(frozen=True)
+class Choices:
+    """Ask how likely each of several candidate targets is given one source text.
+
+    Answer: {"nll": nats of each whole candidate with eos, "tokens": labels scored of each, "bytes": UTF-8 bytes of the
+    text that they stand for}, lists in the order of `targets`.
+    """
+
+    source: str
+    targets: tuple[str, ...]
+
+
+Request = Generate | LogLikelihood | Choices
 
 
 @dataclass(frozen=True)
@@ -153,6 +165,36 @@ def build_metric(
             Baseline(title, *_bounds(theirs), difference.value, difference.low, difference.high),
         )
     return Metric(name, label, *_bounds(own), own.n, unit, higher_is_better, tokens, tuple(entries))
+
+
+def statistic_metric(
+    name: str,
+    label: str,
+    unit: str,
+    higher_is_better: bool,
+    statistics: np.ndarray,
+    figure: Callable[[np.ndarray], float],
+    baselines: dict[str, np.ndarray],
+    evaluate: EvaluateSection,
+    seed: int,
+) -> Metric:
+    """A metric that `figure` makes of column sums over records, with baselines on the same records.
+
+    `statistics` and each baseline are `[records, columns]`, of any number of columns that `figure` takes. All intervals
+    resample the same records, so a difference is paired.
+    """
+    rounds, width = evaluate.bootstrap_rounds, statistics.shape[1]
+
+    def gain(sums: np.ndarray) -> float:
+        return figure(sums[:width]) - figure(sums[width:])
+
+    own = statistic_interval(statistics, figure, rounds, seed)
+    entries = []
+    for title, values in baselines.items():
+        theirs = statistic_interval(values, figure, rounds, seed)
+        difference = statistic_interval(np.hstack([statistics, values]), gain, rounds, seed)
+        entries.append(Baseline(title, *_bounds(theirs), *_bounds(difference)))
+    return Metric(name, label, *_bounds(own), own.n, unit, higher_is_better, None, tuple(entries))
 
 
 def _bounds(interval: Interval) -> tuple[float, float, float]:
