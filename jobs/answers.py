@@ -55,7 +55,8 @@ class ModelAnswers:
     def __init__(self, model: Transformer, tokenizer: Tokenizer, config: RunConfig) -> None:
         self._model, self._tokenizer, self._data = model, tokenizer, config.data
         self._evaluate = config.evaluate
-        self._corpora = {corpus.name: corpus for corpus in config.data.corpora}
+        tasks = [task.corpus() for task in config.evaluate.definitions]
+        self._corpora = {corpus.name: corpus for corpus in [*config.data.corpora, *tasks]}
         self._sequence = config.data.layout == "sequence"
 
     def answer(self, corpus: str, requests: Sequence[Request], max_new_tokens: int) -> list[dict[str, Any]]:
@@ -85,7 +86,7 @@ class ModelAnswers:
             fit_prompt(ids, max_new_tokens, data.target_tokens, keep_head)
             if self._sequence
             else fit_source(ids, data.source_tokens, keep_head)
-            for ids in self._encode(sources, prefix)
+            for ids in self._encode_sources(sources, prefix)
         ]
         outputs = self._outputs([ids.tolist() for ids in encoded], max_new_tokens)
         return [
@@ -112,7 +113,7 @@ class ModelAnswers:
     def _score(
         self, requests: Sequence[LogLikelihood], prefix: str | None, keep_head: bool, pictures: bool
     ) -> list[dict[str, Any]]:
-        sources = self._encode([request.source for request in requests], prefix)
+        sources = self._encode_sources([request.source for request in requests], prefix)
         written = [request.target for request in requests]
         targets = self._tokenizer.encode_codes(written) if pictures else self._encode(written)
         data, eos = self._data, self._tokenizer.eos_id
@@ -162,6 +163,11 @@ class ModelAnswers:
         )
         rows = [(source, np.array([len(source)]), labels, np.array([len(labels)])) for source, labels in pairs]
         return to_model(collator.fill(rows, 0, Arrays.empty(*collator.sizes))).trimmed()
+
+    def _encode_sources(self, texts: Sequence[str], prefix: str | None) -> list[np.ndarray]:
+        """Sources as ids; an encoder, which must have something to attend to, reads an empty one as one eos."""
+        nothing = np.array([self._tokenizer.eos_id] if not self._sequence else [], dtype=np.int32)
+        return [ids if len(ids) else nothing for ids in self._encode(texts, prefix)]
 
     def _encode(self, texts: Sequence[str], prefix: str | None = None) -> list[np.ndarray]:
         """Token ids; texts that begin with the corpus's prefix have it as one token, as in training."""

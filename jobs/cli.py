@@ -261,6 +261,56 @@ def report(run: str, storage: str | None, as_json: bool) -> None:
 
 @cli.command()
 @click.argument("run")
+@click.option("--tasks", metavar="A,B", help="Also these tasks: built-in names or YAML files, with commas between.")
+@click.option("--datasets", metavar="URL", help="Folder of the files of built-in tasks (evaluate.datasets).")
+@address
+@storage
+@overrides
+@as_json
+def evaluate(
+    run: str,
+    tasks: str | None,
+    datasets: str | None,
+    address: str | None,
+    storage: str | None,
+    overrides: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Evaluate the latest checkpoint of RUN as a Ray job, and wait for it; what is answered already is kept."""
+    from jobs.commands.submitting import Request
+    from jobs.commands.task_listing import evaluate_overrides
+
+    changes = (*overrides, *evaluate_overrides(tasks, datasets))
+    _submit(Request(None, changes, run, storage, address, False, stage="evaluate"), True, False, as_json)
+
+
+@cli.group(invoke_without_command=True)
+@as_json
+@click.pass_context
+def tasks(context: click.Context, as_json: bool) -> None:
+    """List the tasks of corpora and the built-in tasks; `telar tasks validate FILE` checks one of your own."""
+    if context.invoked_subcommand is not None:
+        return
+    from jobs.commands.task_listing import listing, listing_text
+
+    found = listing()
+    _print(as_json, found, listing_text(found))
+
+
+@tasks.command()
+@click.argument("task", metavar="FILE|NAME")
+@click.option("--datasets", metavar="URL", help="Folder of the files of built-in tasks (evaluate.datasets).")
+@as_json
+def validate(task: str, datasets: str | None, as_json: bool) -> None:
+    """Check a task's fields, read its rows and show the first request; exit code 2 for fields, 1 for rows."""
+    from jobs.commands.task_listing import validate, validated_text
+
+    found = validate(task, datasets)
+    _print(as_json, found, validated_text(found))
+
+
+@cli.command()
+@click.argument("run")
 @click.argument("text", nargs=-1)
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=128, show_default=True, help="Longest output.")
 @click.option("--beams", type=click.IntRange(min=1), help="Beam search instead of the most probable token.")

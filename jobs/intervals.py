@@ -80,3 +80,26 @@ def mean_interval(values: np.ndarray, rounds: int, seed: int) -> Interval:
     """The mean of one value per record with its interval; raises ValueError when there is no record."""
     values = np.asarray(values, dtype=np.float64)
     return ratio_interval(values, np.ones(values.size), rounds, seed)
+
+
+def difference_interval(
+    first: tuple[np.ndarray, np.ndarray], second: tuple[np.ndarray, np.ndarray], paired: bool, rounds: int, seed: int
+) -> Interval:
+    """Ratio of sums of `first` minus that of `second`; each is (numerators, denominators), `[records]`.
+
+    With `paired`, record i of both is the same one and both are drawn together; else each side is resampled by itself
+    and `n` is the smaller number of records. Raises ValueError when a side has no record or nothing to divide by.
+    """
+    sides = [np.stack([np.asarray(part, dtype=np.float64) for part in side], axis=1) for side in (first, second)]
+    if any(len(side) == 0 or side[:, 1].sum() == 0 for side in sides):
+        raise ValueError("no records to average over")
+    values = [side[:, 0].sum() / side[:, 1].sum() for side in sides]
+    generator = np.random.default_rng(seed)
+    drawn = []
+    for side in sides[:1] if paired else sides:
+        drawn.append(generator.multinomial(len(side), np.full(len(side), 1.0 / len(side)), size=rounds))
+    sums = [drawn[0 if paired else number] @ side for number, side in enumerate(sides)]
+    defined = (sums[0][:, 1] != 0) & (sums[1][:, 1] != 0)
+    differences = sums[0][defined, 0] / sums[0][defined, 1] - sums[1][defined, 0] / sums[1][defined, 1]
+    low, high = np.quantile(differences, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return Interval(float(values[0] - values[1]), float(low), float(high), min(map(len, sides)))

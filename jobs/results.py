@@ -13,8 +13,10 @@ import numpy as np
 from configs.schema import RunConfig
 from jobs.slices import Slice
 from jobs.tasks.base import Example, Metric, Row, Task, TrainingFacts
+from jobs.tasks.from_data import DataTask
 from jobs.tasks.likelihood import likelihood_metrics
 from jobs.tasks.registry import TASKS
+from jobs.tasks.rows import data_version
 
 ERROR_RATE_LIMIT = 0.05
 OVERALL = "all corpora"
@@ -44,8 +46,12 @@ class Cell:
 
 
 def inputs_digest(config: RunConfig, checkpoint_digest: str, data_digest: str) -> str:
-    """Digest of everything that results depend on; the number of evaluators is left out."""
+    """Digest of everything that results depend on; the number of evaluators is left out.
+
+    Raises DataError or StorageError when the files of a task cannot be listed.
+    """
     evaluate = config.evaluate.model_dump(mode="json", exclude={"workers"})
+    files = {task.name: data_version(task) for task in config.evaluate.definitions}
     content = {
         "format": FORMAT_VERSION,
         "checkpoint": checkpoint_digest,
@@ -53,6 +59,8 @@ def inputs_digest(config: RunConfig, checkpoint_digest: str, data_digest: str) -
         "corpora": {corpus.name: corpus.task for corpus in config.data.corpora},
         "tasks": {name: task.version for name, task in TASKS.items()},
         "evaluate": evaluate,
+        "definitions": DataTask.version,
+        "files": files,
         "seed": config.run.seed,
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
@@ -70,10 +78,10 @@ def cell_result(cell: Cell, facts: TrainingFacts, config: RunConfig) -> dict[str
         "detail": None,
         "metrics": [],
     }
-    if not cell.examples:
-        found.update(status="empty", detail="no held-out records; raise data.held_out_fraction or add files")
-    elif cell.problems:
+    if cell.problems:
         found.update(status="missing", detail="; ".join(dict.fromkeys(cell.problems)))
+    elif not cell.examples:
+        found.update(status="empty", detail="no held-out records; raise data.held_out_fraction or add files")
     elif found["failed_records"] > ERROR_RATE_LIMIT * len(cell.examples):
         first = next(row for row in cell.rows if row.error is not None)
         found.update(

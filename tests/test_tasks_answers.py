@@ -20,7 +20,7 @@ from jobs.tasks.choosing import (
     scores,
     wins,
 )
-from jobs.tasks.question import QuestionAnswering, answer_metrics
+from jobs.tasks.question import QuestionAnswering, answer_measures
 from jobs.tasks.sentiment import MOST_LABELS, Sentiment, label_metrics
 from jobs.tasks.squad import exact, f1, normalise
 from jobs.tasks.text_generation import TextGeneration, diversity_metrics
@@ -178,8 +178,8 @@ def test_perfect_and_constant_answers():
     wrong = [Row(e.record.index, ({"text": "nowhere"},)) for e in examples]
     assert [metric.value for metric in task.score(examples, wrong, facts, "c", config(bootstrap_rounds=100))] == [0, 0]
     assert task.output(wrong[0]) == "nowhere"
-    two = answer_metrics(["b"], [["a b", "b"]], {}, config(bootstrap_rounds=100))
-    assert two[0].value == 1.0
+    assert answer_measures(["b"], [["a b", "b"]], {})[0].numerators.tolist() == [1.0]
+    assert task.measure(examples, right).numerators.tolist() == [1.0] * 30
 
 
 def test_diversity_by_hand():

@@ -6,18 +6,22 @@ from functools import partial
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from cluster import commit
 from cluster.storage import Storage
+from configs.errors import ConfigError
 from configs.load import parse_config
 from data.held_out import read_records
 from data.prepare import prepare
 from data.runners import serial
+from data.tokenizer import Tokenizer
 from jobs import evaluate as stage
 from jobs.answers import EvaluatorTask, load_evaluator
 from jobs.fan_out import SerialRunner
 from jobs.slices import read_rows
 from jobs.tasks.base import Choices, LogLikelihood
+from jobs.tasks.definitions import with_definitions
 from model.checkpoint import write_snapshot
 from model.fragments import WEIGHT, Fragment
 from model.transformer import build_model
@@ -137,3 +141,103 @@ def test_candidates_are_answered_as_if_asked_one_by_one(trained):
     assert found[1]["tokens"] == [len(each["labels"]) for each in single]
     assert found[1]["bytes"] == [len(target) for target in targets]
     assert found[0]["nll"] == pytest.approx(model.answer("sentiment", mixed[:1], 4)[0]["nll"], rel=1e-5)
+
+
+def with_tasks(trained, folder, **changes):
+    """The run's configuration with tasks over files of its own, one for each request, and changes to one of them."""
+    rows = [{"n": str(i), "text": f"review {i}", "label": str(i % 2), "side": "ab"[i % 2]} for i in range(20)]
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    common = {"kind": "jsonl", "path": str(folder / "rows.jsonl"), "limit": 12}
+    choice = {**common, "request": "choices", "source": "sentiment: {text}", "choices": ["negative", "positive"]}
+    labelled = {**choice, "answer": "{label}", "metric": "accuracy"}
+    written = {"request": "generate", "source": "qa: {text}", "target": "x", "metric": "squad"}
+    definitions = [
+        {**labelled, "name": "labelled", "group": "{side}", "gap": ["a", "b"], **changes},
+        {**labelled, "name": "shifted", "source": "{text}!", "compare_with": "sentiment"},
+        {**common, "name": "bits", "request": "loglikelihood", "target": "{text}", "metric": "bits_per_byte"},
+        {**common, **written, "name": "written", "max_new_tokens": 3},
+    ]
+    tree = json.loads(trained.config.model_dump_json())
+    tree["evaluate"]["definitions"] = definitions
+    return with_definitions(parse_config(tree, "test"), None)
+
+
+def nats_of_nothing_before(trained, text):
+    """Nats of a text without a source: an encoder reads one eos, a decoder starts at bos."""
+    tokenizer = Tokenizer.load(trained.storage.read_bytes(trained.manifest.tokenizer_path))
+    labels = [*tokenizer.encode(text), tokenizer.eos_id]
+    inputs = []
+    for tokens in ([tokenizer.eos_id] * (trained.config.data.layout == "pairs"), [tokenizer.bos_id, *labels[:-1]]):
+        row = torch.tensor([tokens], dtype=torch.int64)
+        inputs += [row, torch.arange(row.shape[1])[None], torch.ones_like(row)]
+    with torch.no_grad():
+        found = trained.model.logits(tuple(inputs))[0].double().log_softmax(-1)
+    return -sum(float(found[i, label]) for i, label in enumerate(labels))
+
+
+def test_tasks_as_data_are_further_cells(trained, tmp_path):
+    config = with_tasks(trained, tmp_path)
+    results = evaluated(trained, config)
+    cells = {(c["corpus"], c["task"]): c for c in results["cells"]}
+    named = [("labelled", "accuracy"), ("shifted", "accuracy"), ("bits", "bits_per_byte"), ("written", "squad")]
+    assert [cells[each]["records"] for each in named] == [12] * 4
+    found = [m["name"] for m in cells["labelled", "accuracy"]["metrics"]]
+    assert found == ["accuracy", "macro_f1", "calibration_error", "accuracy:a", "accuracy:b", "gap"]
+    rows = kept_rows(trained, "bits", "bits_per_byte", config)
+    for row in rows:
+        text = f"review {row.index}"
+        assert sum(row.answers[0]["nll"]) == pytest.approx(nats_of_nothing_before(trained, text), rel=1e-5)
+        assert row.answers[0]["bytes"] == len(text)
+    lost = metric(results, "shifted", "accuracy", "drop")
+    here, there = (
+        metric(results, "shifted", "accuracy", "accuracy"),
+        metric(results, "sentiment", "sentiment", "accuracy"),
+    )
+    assert (
+        lost["value"] == pytest.approx(there["value"] - here["value"]) and lost["low"] <= lost["value"] <= lost["high"]
+    )
+    assert max(row.answers[0]["tokens"] for row in kept_rows(trained, "written", "squad", config)) <= 3
+    assert stage.is_done(config, trained.storage, RUN, trained.manifest, STEP)
+
+
+def test_two_definitions_never_share_a_row(trained, tmp_path):
+    def keys(config):
+        digest = stage.digest_of([commit.latest(trained.storage.child(RUN, "checkpoints"))[0]])
+        cells = stage.plan(config, trained.storage, trained.manifest, digest)
+        return {cell.corpus: {piece.key for piece in cell.slices} for cell in cells if cell.task.name == "accuracy"}
+
+    first = keys(with_tasks(trained, tmp_path))
+    assert first == keys(with_tasks(trained, tmp_path)), "the same definition finds its slices again"
+    # Not one request differs, and still it is another task.
+    second = keys(with_tasks(trained, tmp_path, normalise="byte"))
+    assert first["labelled"] & second["labelled"] == set() and first["shifted"] == second["shifted"]
+    rows = (tmp_path / "rows.jsonl").read_text()
+    config = with_tasks(trained, tmp_path)
+    (tmp_path / "rows.jsonl").write_text(rows.replace('"n": "7"', '"n": "77"'))
+    assert keys(config)["labelled"] & first["labelled"] == set(), "other data, though no request names the field"
+
+
+def test_done_means_the_same_files(trained, tmp_path):
+    config = with_tasks(trained, tmp_path)
+    evaluated(trained, config)
+    assert stage.is_done(config, trained.storage, RUN, trained.manifest, STEP)
+    (tmp_path / "rows.jsonl").write_text((tmp_path / "rows.jsonl").read_text() + "\n")
+    assert not stage.is_done(config, trained.storage, RUN, trained.manifest, STEP)
+    (tmp_path / "rows.jsonl").unlink()
+    assert not stage.is_done(config, trained.storage, RUN, trained.manifest, STEP)
+
+
+def test_a_task_whose_rows_are_gone_is_a_missing_cell(trained, tmp_path):
+    config = with_tasks(trained, tmp_path)
+    (tmp_path / "rows.jsonl").unlink()
+    with pytest.raises(stage.EvaluationError, match="4 of 10 cells have no result") as caught:
+        evaluated(trained, config)
+    assert "accuracy of labelled" in str(caught.value) and "does not exist" in str(caught.value)
+    kept = json.loads(trained.storage.read_text(f"{RUN}/evaluation/incomplete.json"))
+    assert {c["corpus"] for c in kept["cells"] if c["status"] == "ok"} >= {"sentiment", "qa"}
+
+
+def test_a_drop_needs_the_same_figure_on_both_sides(trained, tmp_path):
+    config = with_tasks(trained, tmp_path, compare_with="qa", group="", gap=None)
+    with pytest.raises(ConfigError, match=r"task labelled: compare_with: no 'qa' with accuracy; there are .*sentiment"):
+        evaluated(trained, config)

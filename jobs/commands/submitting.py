@@ -32,6 +32,7 @@ from jobs.commands.paths import with_absolute_paths
 from jobs.commands.resuming import check_resumable
 from jobs.commands.runs import TERMINAL, RunPlace, locate, state_of, storage_for
 from jobs.ledger import STOP_REQUEST
+from jobs.tasks.definitions import with_definitions
 from jobs.trainable import check_trainable
 
 if TYPE_CHECKING:
@@ -170,6 +171,8 @@ def _resumed(request: Request) -> tuple[RunPlace, RunConfig]:
     origin = f"{place.url}/config.yaml"
     old = parse_config(yaml.safe_load(text), origin)
     new = parse_config(apply_overrides(yaml.safe_load(text), request.overrides), origin)
+    # Read again as a whole, since tasks that were named are compared with others only when all are known.
+    new = parse_config(json.loads(with_definitions(new, None).model_dump_json()), origin)
     check_resumable(old, new, place)
     return place, new
 

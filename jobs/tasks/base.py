@@ -6,7 +6,7 @@ A task never sees the model: it states requests, the evaluators answer them, and
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -113,12 +113,39 @@ class TrainingFacts:
     targets: dict[str, list[str]] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Measure:
+    """A figure that is a ratio of sums over records, before intervals; all arrays are `[records]`."""
+
+    name: str
+    label: str
+    unit: str
+    higher_is_better: bool
+    numerators: np.ndarray
+    denominators: np.ndarray
+    baselines: dict[str, np.ndarray] = field(default_factory=dict)
+
+    def of(self, chosen: np.ndarray) -> Measure:
+        """The same over the records whose numbers are `chosen`."""
+        beside = {name: np.asarray(values)[chosen] for name, values in self.baselines.items()}
+        return replace(
+            self,
+            numerators=np.asarray(self.numerators)[chosen],
+            denominators=np.asarray(self.denominators)[chosen],
+            baselines=beside,
+        )
+
+
 class Task(Protocol):
-    """One way to judge a corpus's held-out records."""
+    """One way to judge records: the held-out ones of a corpus, or rows of a task of its own.
+
+    `headline` names the figure that other domains are compared by, None where there is none that is a ratio of sums.
+    """
 
     name: str
     version: int
     signature: str
+    headline: str | None
 
     def limit(self, config: RunConfig) -> int:
         """The most records of one corpus that are judged."""
@@ -131,8 +158,21 @@ class Task(Protocol):
     ) -> list[Metric]:
         """Metrics over answered rows; `examples` and `rows` are aligned, rows with an error are left out before."""
 
+    def measure(self, examples: Sequence[Example], rows: Sequence[Row]) -> Measure:
+        """The headline's values, one per record; asked for only where there is a headline."""
+
     def output(self, row: Row) -> str | None:
         """The text that the model wrote for a row, or None where it wrote none."""
+
+
+class NoHeadline:
+    """What a task has whose figures are no ratios of sums that other domains could be compared by."""
+
+    headline: str | None = None
+
+    def measure(self, examples: Sequence[Example], rows: Sequence[Row]) -> Measure:
+        """Never asked for."""
+        raise NotImplementedError("a task without a headline has no values to compare")
 
 
 def build_metric(
@@ -165,6 +205,21 @@ def build_metric(
             Baseline(title, *_bounds(theirs), difference.value, difference.low, difference.high),
         )
     return Metric(name, label, *_bounds(own), own.n, unit, higher_is_better, tokens, tuple(entries))
+
+
+def metric_of(measure: Measure, config: RunConfig) -> Metric:
+    """A measure with its intervals."""
+    return build_metric(
+        measure.name,
+        measure.label,
+        measure.unit,
+        measure.higher_is_better,
+        measure.numerators,
+        measure.denominators,
+        measure.baselines,
+        config.evaluate,
+        config.run.seed,
+    )
 
 
 def statistic_metric(

@@ -8,17 +8,16 @@ import numpy as np
 
 from configs.schema import RunConfig
 from data.held_out import HeldOut
-from jobs.tasks.base import Example, Generate, Metric, Row, TrainingFacts, build_metric
+from jobs.tasks.base import Example, Generate, Measure, Metric, Row, TrainingFacts, metric_of
 from jobs.tasks.squad import exact, f1
 from jobs.tasks.summary import most_frequent
-
-Measure = Callable[[str, Sequence[str]], float]
 
 
 class QuestionAnswering:
     """One written answer per record, against the record's target."""
 
     name = "qa"
+    headline = "exact_match"
     version = 1
     signature = "SQuAD 1.1 exact match and F1, English and Spanish articles left out; decoding as in the settings"
 
@@ -44,35 +43,38 @@ class QuestionAnswering:
         trained = facts.targets.get(corpus)
         constant = {"most frequent answer": [most_frequent(trained)] * len(outputs)} if trained else {}
         copied = [example.record.source for example in examples]
-        return answer_metrics(outputs, references, {**constant, "source copied": copied}, config)
+        measures = answer_measures(outputs, references, {**constant, "source copied": copied})
+        return [metric_of(measure, config) for measure in measures]
+
+    def measure(self, examples: Sequence[Example], rows: Sequence[Row]) -> Measure:
+        """Whether the answer matched."""
+        outputs, references = [row.answers[0]["text"] for row in rows], [[e.record.target] for e in examples]
+        return answer_measures(outputs, references, {})[0]
 
     def output(self, row: Row) -> str | None:
         """The answer."""
         return row.answers[0]["text"]
 
 
-def answer_metrics(
-    outputs: Sequence[str], references: Sequence[Sequence[str]], baselines: dict[str, Sequence[str]], config: RunConfig
-) -> list[Metric]:
+def answer_measures(
+    outputs: Sequence[str], references: Sequence[Sequence[str]], baselines: dict[str, Sequence[str]]
+) -> list[Measure]:
     """Exact match and F1 of outputs with one or more references each; `baselines` are other outputs by name."""
 
-    def values(measure: Measure, texts: Sequence[str]) -> np.ndarray:
-        return np.array([measure(text, wanted) for text, wanted in zip(texts, references, strict=True)])
+    def values(judge: Callable[[str, Sequence[str]], float], texts: Sequence[str]) -> np.ndarray:
+        return np.array([judge(text, wanted) for text, wanted in zip(texts, references, strict=True)])
 
-    ones = np.ones(len(outputs))
     return [
-        build_metric(
+        Measure(
             name,
             label,
             unit,
             True,
-            values(measure, outputs),
-            ones,
-            {title: values(measure, texts) for title, texts in baselines.items()},
-            config.evaluate,
-            config.run.seed,
+            values(judge, outputs),
+            np.ones(len(outputs)),
+            {title: values(judge, texts) for title, texts in baselines.items()},
         )
-        for name, label, unit, measure in (
+        for name, label, unit, judge in (
             ("exact_match", "exact match", "share", exact),
             ("answer_f1", "word F1 of answers", "F1", f1),
         )

@@ -10,7 +10,7 @@ import numpy as np
 from configs.errors import DataError
 from configs.schema import RunConfig
 from data.held_out import HeldOut
-from jobs.tasks.base import Choices, Example, Metric, Row, TrainingFacts, build_metric, statistic_metric
+from jobs.tasks.base import Choices, Example, Measure, Metric, Row, TrainingFacts, build_metric, statistic_metric
 from jobs.tasks.choosing import calibration_columns, calibration_error, f1_columns, macro_f1, scores, wins
 
 MOST_LABELS = 50
@@ -20,6 +20,7 @@ class Sentiment:
     """The labels are the different targets of the held-out records that are judged; each is scored given the source."""
 
     name = "sentiment"
+    headline = "accuracy"
     version = 1
     signature = "label with the highest log-likelihood, eos included, ties shared; F1 macro; calibration in 15 bins"
 
@@ -47,6 +48,13 @@ class Sentiment:
         trained = Counter(target for target in facts.targets.get(corpus, ()) if target in labels)
         majority = labels.index(max(sorted(trained), key=trained.__getitem__)) if trained else None
         return label_metrics(found, answers, len(labels), majority, config)
+
+    def measure(self, examples: Sequence[Example], rows: Sequence[Row]) -> Measure:
+        """Whether the right label was chosen."""
+        labels = examples[0].requests[0].targets
+        found = [wins(scores(row.answers[0])) for row in rows]
+        right = [each[labels.index(e.record.target)] for each, e in zip(found, examples, strict=True)]
+        return Measure("accuracy", "accuracy", "share", True, np.array(right), np.ones(len(right)))
 
     def output(self, row: Row) -> str | None:
         """Nothing is written."""

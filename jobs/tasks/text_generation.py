@@ -9,12 +9,12 @@ import numpy as np
 
 from configs.schema import RunConfig
 from data.held_out import HeldOut
-from jobs.tasks.base import Example, Generate, Metric, Row, TrainingFacts, build_metric, statistic_metric
+from jobs.tasks.base import Example, Generate, Metric, NoHeadline, Row, TrainingFacts, build_metric, statistic_metric
 
 REPEATED = 4
 
 
-class TextGeneration:
+class TextGeneration(NoHeadline):
     """One output per record, judged by its words alone; what is likely is the task `likelihood`'s matter."""
 
     name = "text_generation"
