@@ -6,12 +6,14 @@ import ast
 import json
 import re
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 
 from configs.errors import DataError
 
 Record = dict[str, str]
 PRONOUNS = ("he", "him", "his", "himself", "she", "her", "hers", "herself")
 ARTICLE = re.compile(r"^(?:the|a|an) ")
+SEX = re.compile(r"^[fm](?:, |-)")
 MARKED = re.compile(r"\[([^\]]+)\]")
 # Occupations of WinoBias (Zhao et al. 2018, table 5), those that stand in its sentences.
 OCCUPATIONS = (
@@ -100,10 +102,13 @@ def truthfulqa(record: Record, origin: str) -> Iterator[Record]:
 
 
 def _group(record: Record, number: int) -> set[str]:
+    """Names of an answer's group; of "f, negro" and "F-Black", which tell the sex too, also what stands behind it."""
     name = f"ans{number}"
     if "answer_info" in record:
-        return {part.lower() for part in json.loads(record["answer_info"])[name]}
-    return {part.lower() for part in _listed(record[f"answer_info.{name}"])}
+        info = json.loads(record["answer_info"])[name]
+    else:
+        info = _listed(record[f"answer_info.{name}"])
+    return {form for part in info for form in (part.lower(), SEX.sub("", part.lower()))}
 
 
 def _stereotyped(record: Record) -> list[str]:
@@ -112,6 +117,7 @@ def _stereotyped(record: Record) -> list[str]:
     return _listed(record["stereotyped_groups"])
 
 
+@lru_cache(maxsize=4096)
 def _listed(text: str) -> list[str]:
     """A list of texts as Python spells it."""
     value = ast.literal_eval(text)
