@@ -126,7 +126,7 @@ def samples(cells: Sequence[Cell], count: int) -> list[dict[str, str]]:
     """
     queues = []
     for number, cell in enumerate(cells):
-        written = [(e, r) for e, r in cell.answered() if cell.task.output(r) is not None] if cell.rows else []
+        written = [(e, r) for e, r in cell.answered() if cell.task.output(e, r) is not None] if cell.rows else []
         if written:
             stride = max(1, len(written) // max(count, 1))
             start = number * stride // len(cells)
@@ -148,7 +148,7 @@ def samples(cells: Sequence[Cell], count: int) -> list[dict[str, str]]:
                         "record": str(example.record.index),
                         "source": example.record.source[-SAMPLE_CHARACTERS:],
                         "reference": example.record.target[:SAMPLE_CHARACTERS],
-                        "output": (cell.task.output(row) or "")[:SAMPLE_CHARACTERS],
+                        "output": (cell.task.output(example, row) or "")[:SAMPLE_CHARACTERS],
                     }
                 )
     return chosen
@@ -157,14 +157,16 @@ def samples(cells: Sequence[Cell], count: int) -> list[dict[str, str]]:
 def table_lines(results: Sequence[dict[str, Any]]) -> list[str]:
     """One line per metric with interval, count and baselines, and one per cell without a figure."""
     lines = []
+    widths = [max([len(cell[key]) for cell in results], default=0) for key in ("corpus", "task")]
+    wide = max([len(metric["name"]) for cell in results for metric in cell["metrics"]], default=0)
     for cell in results:
-        title = f"{cell['corpus']:<12} {cell['task']:<11}"
+        title = f"{cell['corpus']:<{widths[0]}} {cell['task']:<{widths[1]}}"
         if cell["status"] != "ok":
             lines.append(f"{title} {cell['status']}: {cell['detail']}")
         for metric in cell["metrics"]:
             beside = ", ".join(f"{base['name']} {base['value']:.3f}" for base in metric["baselines"])
             lines.append(
-                f"{title} {metric['name']:<13} {metric['value']:.3f} [{metric['low']:.3f}, {metric['high']:.3f}] "
+                f"{title} {metric['name']:<{wide}} {metric['value']:.3f} [{metric['low']:.3f}, {metric['high']:.3f}] "
                 f"{metric['unit']}, n {metric['n']}" + (f"; {beside}" if beside else "")
             )
     return lines

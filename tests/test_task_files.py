@@ -15,6 +15,7 @@ from configs.errors import ConfigError, DataError
 from configs.load import load_config, load_task, parse_config, to_yaml
 from configs.schema import TaskSection
 from configs.task_section import METRICS, OF_ALL_ROWS
+from data.held_out import HeldOut
 from jobs.cli import cli
 from jobs.commands.paths import with_absolute_paths
 from jobs.commands.task_listing import evaluate_overrides
@@ -162,9 +163,7 @@ def test_wrong_rows_are_named(tmp_path, old, new, words):
 def test_answers_are_texts_numbers_or_lists():
     def right(answer, choices=("{a}", "{b}")):
         task = section(answer=answer, choices=choices)
-        rows = [
-            type("R", (), {"index": 0, "source": "", "target": "", "fields": {"a": "x", "b": "1", "l": '["p", "q"]'}})
-        ]
+        rows = [HeldOut(0, "", "", {"a": "x", "b": "1", "l": '["p", "q"]'})]
         examples = DataTask(task).examples(rows, "t", config())
         return right_candidates(task, examples[0]).tolist()
 
@@ -273,9 +272,9 @@ def test_options_of_evaluate_name_files_from_the_current_folder(tmp_path, monkey
 def test_generate_asks_for_texts_up_to_a_stop():
     changes = {"request": "generate", "choices": (), "answer": "", "source": "Q: {a}", "target": "{b}", "stop": ("\n",)}
     task = DataTask(section(**changes, metric="exact_match", max_new_tokens=5))
-    rows = [type("R", (), {"index": 0, "source": "Q: x", "target": "y", "fields": {}})]
+    rows = [HeldOut(0, "Q: x", "y", {})]
     examples = task.examples(rows, "t", config())
     assert examples[0].requests == (Generate("Q: x"),) and task.max_new_tokens(config()) == 5
     row = Row(0, ({"text": "y\nQ: more"},))
     (found,) = task.score(examples, [row], TrainingFacts(NGRAMS), "t", config(bootstrap_rounds=100))
-    assert found.value == 1.0 and task.output(row) == "y"
+    assert found.value == 1.0 and task.output(examples[0], row) == "y"

@@ -78,6 +78,8 @@ def test_per_byte_a_longer_candidate_may_win():
     metrics = task.score(examples, [row], FACTS, "t", config(bootstrap_rounds=100))
     assert metrics[0].value == 1.0
     summed = DataTask(definition(metric="accuracy", answer="1"))
+    assert task.output(examples[0], row) == examples[0].record.target == "y"
+    assert summed.output(examples[0], row) == "x"
     assert summed.score(examples, [row], FACTS, "t", config(bootstrap_rounds=100))[0].value == 0.0
 
 

@@ -111,6 +111,9 @@ def test_a_perfect_model_of_sentiment_and_a_guessing_one():
     # Always "pos": precision 2/3, recall 1 for it, nothing for the other.
     assert f1_beside["most frequent label"] == pytest.approx((0.8 + 0.0) / 2)
 
+    wrong = Row(0, (answered([2.0, 1.0], ("neg", "pos")),))
+    assert task.output(examples[0], wrong) == "pos" and examples[0].record.target == "neg"
+
     generator = np.random.default_rng(0)
     guessed = judged(task, examples, lambda example: generator.normal(size=2))
     chance = guessed["accuracy"].baselines[0]
@@ -177,7 +180,7 @@ def test_perfect_and_constant_answers():
     }
     wrong = [Row(e.record.index, ({"text": "nowhere"},)) for e in examples]
     assert [metric.value for metric in task.score(examples, wrong, facts, "c", config(bootstrap_rounds=100))] == [0, 0]
-    assert task.output(wrong[0]) == "nowhere"
+    assert task.output(examples[0], wrong[0]) == "nowhere"
     assert answer_measures(["b"], [["a b", "b"]], {})[0].numerators.tolist() == [1.0]
     assert task.measure(examples, right).numerators.tolist() == [1.0] * 30
 

@@ -161,8 +161,8 @@ class Task(Protocol):
     def measure(self, examples: Sequence[Example], rows: Sequence[Row]) -> Measure:
         """The headline's values, one per record; asked for only where there is a headline."""
 
-    def output(self, row: Row) -> str | None:
-        """The text that the model wrote for a row, or None where it wrote none."""
+    def output(self, example: Example, row: Row) -> str | None:
+        """The text that the model wrote or chose for an example, or None where it did neither."""
 
 
 class NoHeadline:

@@ -71,7 +71,7 @@ class Completion(NoHeadline):
             ),
         ]
 
-    def output(self, row: Row) -> str | None:
+    def output(self, example: Example, row: Row) -> str | None:
         """The greedy body."""
         return row.answers[0]["text"]
 

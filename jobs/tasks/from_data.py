@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -23,6 +24,7 @@ from jobs.tasks.base import (
     TrainingFacts,
     metric_of,
 )
+from jobs.tasks.choosing import scores
 from jobs.tasks.metrics import MEASURES, Answered, further_metrics, right_candidates, stopped
 from jobs.tasks.rows import digest_of_definition, rendered, where
 
@@ -59,8 +61,7 @@ class DataTask:
         task = self.definition
         examples = [Example(record, (self._request(record),)) for record in records]
         if task.answer:
-            for example in examples:
-                right_candidates(task, example)
+            examples = [self._with_target(example) for example in examples]
         groups = set(self.keys("group", examples)) if task.group else set()
         if task.gap is not None and not groups.issuperset(task.gap):
             raise DataError(f"{where(task, 'gap')}: rows have the groups {', '.join(sorted(groups))}, not {task.gap}")
@@ -95,9 +96,14 @@ class DataTask:
         """The first measure of the metric."""
         return MEASURES[self.name](Answered(self.definition, examples, rows))[0]
 
-    def output(self, row: Row) -> str | None:
-        """What was written up to a stop, where the request was to write."""
-        return stopped(row.answers[0]["text"], self.definition.stop) if self.definition.request == "generate" else None
+    def output(self, example: Example, row: Row) -> str | None:
+        """What was written up to a stop, or the candidate that was chosen; None where a text was scored."""
+        task = self.definition
+        if task.request == "generate":
+            return stopped(row.answers[0]["text"], task.stop)
+        if task.request == "choices":
+            return example.requests[0].targets[int(np.argmax(scores(row.answers[0], task.normalise)))]
+        return None
 
     def _request(self, record: HeldOut) -> Request:
         task = self.definition
@@ -127,6 +133,13 @@ class DataTask:
         if not isinstance(found, list) or not all(isinstance(part, str) for part in found):
             raise DataError(f"{where(task, 'choices')}: row {record.index}: {text[:200]!r} is no JSON list of texts")
         return tuple(found)
+
+    def _with_target(self, example: Example) -> Example:
+        """The example with its right candidates as the record's target, where samples show them."""
+        right = right_candidates(self.definition, example)
+        candidates = example.requests[0].targets
+        target = "\n".join(candidates[i] for i in np.flatnonzero(right))
+        return replace(example, record=replace(example.record, target=target))
 
     def _check_pairs(self, examples: Sequence[Example]) -> None:
         """Raise DataError when one side of a pairing has a key twice, so that it is unclear what belongs together."""

@@ -52,7 +52,7 @@ class Likelihood:
         """Bits per byte of each record."""
         return bits_measure(rows)
 
-    def output(self, row: Row) -> str | None:
+    def output(self, example: Example, row: Row) -> str | None:
         """The greedy output, where one was asked for."""
         return row.answers[1]["text"] if len(row.answers) > 1 else None
 

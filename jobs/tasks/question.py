@@ -51,7 +51,7 @@ class QuestionAnswering:
         outputs, references = [row.answers[0]["text"] for row in rows], [[e.record.target] for e in examples]
         return answer_measures(outputs, references, {})[0]
 
-    def output(self, row: Row) -> str | None:
+    def output(self, example: Example, row: Row) -> str | None:
         """The answer."""
         return row.answers[0]["text"]
 

@@ -56,9 +56,9 @@ class Sentiment:
         right = [each[labels.index(e.record.target)] for each, e in zip(found, examples, strict=True)]
         return Measure("accuracy", "accuracy", "share", True, np.array(right), np.ones(len(right)))
 
-    def output(self, row: Row) -> str | None:
-        """Nothing is written."""
-        return None
+    def output(self, example: Example, row: Row) -> str | None:
+        """The label that was chosen."""
+        return example.requests[0].targets[int(np.argmax(scores(row.answers[0])))]
 
 
 def labels_of(targets: Sequence[str]) -> tuple[str, ...]:

@@ -94,7 +94,7 @@ class Summary(NoHeadline):
             )
         return metrics
 
-    def output(self, row: Row) -> str | None:
+    def output(self, example: Example, row: Row) -> str | None:
         """The greedy summary."""
         return row.answers[0]["text"]
 

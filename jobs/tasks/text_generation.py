@@ -41,7 +41,7 @@ class TextGeneration(NoHeadline):
         references = [example.record.target for example in examples]
         return diversity_metrics([row.answers[0]["text"] for row in rows], references, config)
 
-    def output(self, row: Row) -> str | None:
+    def output(self, example: Example, row: Row) -> str | None:
         """The continuation."""
         return row.answers[0]["text"]
 

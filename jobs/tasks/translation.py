@@ -55,7 +55,7 @@ class Translation(NoHeadline):
             metrics.append(Metric(name, label, *_bounds(found), found.n, "BLEU", True, None, baselines))
         return metrics
 
-    def output(self, row: Row) -> str | None:
+    def output(self, example: Example, row: Row) -> str | None:
         """The translation."""
         return row.answers[0]["text"]
 
