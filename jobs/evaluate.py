@@ -24,8 +24,8 @@ from jobs.drops import add_drops, check_comparisons
 from jobs.fan_out import RayRunner, Runner
 from jobs.loading import choose_checkpoints
 from jobs.machine import hardware, versions
-from jobs.results import Cell, cell_result, inputs_digest, overall_result, samples, table_lines
-from jobs.slices import cut, decoding_of, read_rows
+from jobs.results import Cell, cell_result, energy_results, inputs_digest, overall_result, samples, table_lines
+from jobs.slices import cut, decoding_of, read_energy, read_rows
 from jobs.tasks.base import TrainingFacts
 from jobs.tasks.from_data import DataTask
 from jobs.tasks.registry import tasks_of
@@ -113,6 +113,7 @@ def evaluate(
                 cell.problems.append(given_up.get(piece.key, f"slice {piece.key} was not answered"))
             else:
                 cell.rows.extend(rows)
+                cell.note(read_energy(folder, piece))
         if cell.problems:
             cell.rows.clear()
     found = [cell_result(cell, known, config) for cell in cells]
@@ -130,6 +131,7 @@ def evaluate(
         "training_tokens_counted": known.ngrams.tokens,
         "cells": [*([overall] if overall else []), *found],
         "failed": failed,
+        "energy": energy_results(cells),
         "samples": samples(cells, config.evaluate.samples),
         "records": records,
         "slices": len(slices),

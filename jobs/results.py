@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 
 from configs.schema import RunConfig
+from jobs.energy import JOULES_PER_KWH, Energy
 from jobs.slices import Slice
 from jobs.tasks.base import Example, Metric, Row, Task, TrainingFacts
 from jobs.tasks.from_data import DataTask
@@ -34,11 +35,17 @@ class Cell:
     slices: list[Slice]
     rows: list[Row] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    energy: Energy | None = None
 
     @property
     def title(self) -> str:
         """`task of corpus`, for messages."""
         return f"{self.task.name} of {self.corpus}"
+
+    def note(self, energy: Energy | None) -> None:
+        """Add what one more slice took."""
+        if energy is not None:
+            self.energy = energy if self.energy is None else self.energy + energy
 
     def answered(self) -> list[tuple[Example, Row]]:
         """Examples with their rows, those with an error left out."""
@@ -94,6 +101,39 @@ def cell_result(cell: Cell, facts: TrainingFacts, config: RunConfig) -> dict[str
         metrics = cell.task.score(examples, rows, facts, cell.corpus, config)
         found["metrics"] = [metric.as_dict() for metric in metrics]
     return found
+
+
+def energy_results(cells: Sequence[Cell]) -> list[dict[str, Any]]:
+    """For each cell whose slices say so the joules that answering took, also per record and per token.
+
+    Tokens are those that were scored or written. A slice that an earlier evaluation answered counts with what it took
+    then; `kind` is measured, estimated, or mixed where slices differ in it.
+    """
+    found = []
+    for cell in cells:
+        if not cell.rows or cell.energy is None:
+            continue
+        tokens = sum(_tokens(answer) for row in cell.rows for answer in row.answers)
+        joules = cell.energy.joules
+        found.append(
+            {
+                "corpus": cell.corpus,
+                "task": cell.task.name,
+                **asdict(cell.energy),
+                "kwh": joules / JOULES_PER_KWH,
+                "records": len(cell.rows),
+                "tokens": tokens,
+                "joules_per_record": joules / len(cell.rows),
+                "joules_per_token": joules / tokens if tokens else None,
+            }
+        )
+    return found
+
+
+def _tokens(answer: dict[str, Any]) -> int:
+    """Tokens of one answer: labels that were scored, of all candidates, or tokens that were written."""
+    tokens = len(answer["labels"]) if "labels" in answer else answer.get("tokens", 0)
+    return sum(tokens) if isinstance(tokens, list) else tokens
 
 
 def overall_result(
