@@ -16,6 +16,7 @@ METRICS = {
     "true_mass": "choices",
     "first_preferred": "choices",
     "bbq": "choices",
+    "faithfulness": "explain",
     "bits_per_byte": "loglikelihood",
     "exact_match": "generate",
     "squad": "generate",
@@ -65,8 +66,12 @@ class TaskSection(Section):
         description="what makes further fields of a row: winobias (two candidates to a pronoun), bbq (biased answers); "
         "truthfulqa leaves empty candidates out",
     )
-    request: Literal["generate", "loglikelihood", "choices"] = Field(description="what the model is asked")
-    source: str = Field("", description="template of the text that the model reads; may be empty but to generate")
+    request: Literal["generate", "loglikelihood", "choices", "explain"] = Field(
+        description="what the model is asked; explain: which tokens of the source its choice rests on"
+    )
+    source: str = Field(
+        "", description="template of the text that the model reads; may be empty but to generate or explain"
+    )
     target: str = Field("", description="template of the text that is scored, or that an output is compared with")
     choices: str | tuple[str, ...] = Field((), description="candidates: templates, or one of a JSON list")
     answer: str = Field("", description="choices: template of the right candidate, see above")
@@ -132,10 +137,12 @@ class TaskSection(Section):
                 f"metric: {self.metric} judges request: {METRICS[self.metric]}; with request: {self.request} use one "
                 f"of {', '.join(fitting)}"
             )
-        if self.request == "generate" and not self.source:
-            raise ValueError("source: request: generate needs a text to go on from; give a template")
-        if (self.request == "choices") != bool(self.choices):
-            raise ValueError("choices: request: choices needs candidates, and only it has them; give or remove them")
+        if self.request in ("generate", "explain") and not self.source:
+            raise ValueError(f"source: request: {self.request} needs a text to read; give a template")
+        if (self.request in ("choices", "explain")) != bool(self.choices):
+            raise ValueError(
+                "choices: requests choices and explain need candidates, and only they; give or remove them"
+            )
         if isinstance(self.choices, tuple) and len(self.choices) == 1:
             raise ValueError("choices: one candidate is no choice; give two or more, or one template without a list")
         if self.metric == "first_preferred" and len(self.choices) != 2:
@@ -144,8 +151,8 @@ class TaskSection(Section):
             raise ValueError(f"answer: metrics {', '.join(NEEDS_ANSWER)} need it, and only they; give or remove it")
         if self.metric in NEEDS_TARGET and not self.target:
             raise ValueError(f"target: metric: {self.metric} needs the text that it judges or compares with; give one")
-        if self.request == "choices" and self.target:
-            raise ValueError("target: candidates are the targets of request: choices; remove it")
+        if self.choices and self.target:
+            raise ValueError("target: the candidates are the targets; remove it")
         if (self.metric == "bbq") != (self.reshape == "bbq"):
             raise ValueError("reshape: bbq makes the fields that metric: bbq judges; give both or none")
         return self

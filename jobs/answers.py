@@ -17,10 +17,12 @@ from data.packing import Pair, cut_pairs, cut_sequence, fit_prompt, fit_source
 from data.ring import Arrays
 from data.templates import literal_start
 from data.tokenizer import Tokenizer
+from jobs.attributions import faithfulness, integrated_gradients
 from jobs.batches import to_model
 from jobs.evaluator import Evaluator
 from jobs.loading import load_trained
-from jobs.tasks.base import Choices, Generate, LogLikelihood, Request
+from jobs.tasks.base import Choices, Explain, Generate, LogLikelihood, Request
+from jobs.tasks.choosing import probabilities
 from model.batch import ModelBatch
 from model.beam import beam_search
 from model.generation import greedy
@@ -76,6 +78,8 @@ class ModelAnswers:
         found = iter(self._score([*scored, *candidates], prefix, keep_head, pictures))
         answers.update((i, next(found)) for i in scoring)
         answers.update((i, _of_candidates([next(found) for _ in requests[i].targets])) for i in choosing)
+        explaining = [i for i, request in enumerate(requests) if isinstance(request, Explain)]
+        answers.update((i, self._explain(requests[i], prefix, keep_head)) for i in explaining)
         return [answers[i] for i in range(len(requests))]
 
     def _generate(
@@ -142,6 +146,41 @@ class ModelAnswers:
             )
         return answers
 
+    def _explain(self, request: Explain, prefix: str | None, keep_head: bool) -> dict[str, Any]:
+        """Integrated gradients of the likeliest candidate, alone in its batch; targets are cut to one piece."""
+        (source,), targets = self._encode_sources([request.source], prefix), self._encode(request.targets)
+        eos, data = self._tokenizer.eos_id, self._data
+        labels = [np.append(target, eos).astype(np.int32)[: data.target_tokens // 2] for target in targets]
+        longest = max(map(len, labels))
+        if self._sequence:
+            source = fit_prompt(source, longest, data.target_tokens, keep_head)
+        else:
+            source = fit_source(source, data.source_tokens, keep_head)
+        nothing = self._nothing()
+
+        def candidates(of: np.ndarray) -> list[Pair]:
+            return [(of if len(of) else nothing, each) for each in labels]
+
+        def shares(sources: Sequence[np.ndarray]) -> np.ndarray:
+            """Probability of each candidate among all, `[sources, candidates]`."""
+            scored = self._score_pairs([pair for of in sources for pair in candidates(of)])
+            nats = np.array([nll.sum() for nll, _ in scored]).reshape(-1, len(labels))
+            return np.array([probabilities(-row) for row in nats])
+
+        chosen = int(np.argmax(shares([source])[0]))
+        # In layout sequence bos stands before the source.
+        start = 1 if self._sequence else 0
+        batch = self._batch(candidates(source))
+        place = slice(start, start + len(source))
+        attribution, gap = integrated_gradients(self._model, batch, place, self._tokenizer.pad_id, chosen)
+        return {
+            "chosen": chosen,
+            "pieces": [self._tokenizer.decode([token]) for token in source],
+            "attribution": attribution.tolist(),
+            "gap": gap,
+            **faithfulness(source, attribution, lambda sources: shares(sources)[:, chosen]),
+        }
+
     def _score_pairs(self, pairs: Sequence[Pair]) -> list[tuple[np.ndarray, np.ndarray]]:
         """Nats and most probable token at each label of each pair; one pair per row, rows of like length together."""
         results: dict[int, tuple[np.ndarray, np.ndarray]] = {}
@@ -166,8 +205,10 @@ class ModelAnswers:
 
     def _encode_sources(self, texts: Sequence[str], prefix: str | None) -> list[np.ndarray]:
         """Sources as ids; an encoder, which must have something to attend to, reads an empty one as one eos."""
-        nothing = np.array([self._tokenizer.eos_id] if not self._sequence else [], dtype=np.int32)
-        return [ids if len(ids) else nothing for ids in self._encode(texts, prefix)]
+        return [ids if len(ids) else self._nothing() for ids in self._encode(texts, prefix)]
+
+    def _nothing(self) -> np.ndarray:
+        return np.array([] if self._sequence else [self._tokenizer.eos_id], dtype=np.int32)
 
     def _encode(self, texts: Sequence[str], prefix: str | None = None) -> list[np.ndarray]:
         """Token ids; texts that begin with the corpus's prefix have it as one token, as in training."""

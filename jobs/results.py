@@ -132,7 +132,8 @@ def energy_results(cells: Sequence[Cell]) -> list[dict[str, Any]]:
 
 def _tokens(answer: dict[str, Any]) -> int:
     """Tokens of one answer: labels that were scored, of all candidates, or tokens that were written."""
-    tokens = len(answer["labels"]) if "labels" in answer else answer.get("tokens", 0)
+    # An explanation counts the tokens that it explains.
+    tokens = len(answer.get("labels") or answer.get("pieces") or ()) or answer.get("tokens", 0)
     return sum(tokens) if isinstance(tokens, list) else tokens
 
 

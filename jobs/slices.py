@@ -15,7 +15,7 @@ from cluster.storage import Storage
 from configs.errors import StorageError
 from configs.schema import EvaluateSection
 from jobs.energy import Energy
-from jobs.tasks.base import Choices, Example, Generate, Request, Row
+from jobs.tasks.base import Choices, Example, Explain, Generate, Request, Row
 
 FOLDER = "evaluation/slices"
 GREEDY = "greedy"
@@ -56,6 +56,8 @@ def _cost(request: Request, max_new_tokens: int) -> int:
         return len(request.source) + 16 * max_new_tokens
     if isinstance(request, Choices):
         return sum(len(request.source) + len(target) for target in request.targets)
+    if isinstance(request, Explain):
+        return 60 * sum(len(request.source) + len(target) for target in request.targets)
     return len(request.source) + len(request.target)
 
 

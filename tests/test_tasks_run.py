@@ -156,6 +156,7 @@ def with_tasks(trained, folder, **changes):
         {**labelled, "name": "shifted", "source": "{text}!", "compare_with": "sentiment"},
         {**common, "name": "bits", "request": "loglikelihood", "target": "{text}", "metric": "bits_per_byte"},
         {**common, **written, "name": "written", "max_new_tokens": 3},
+        {**choice, "name": "explained", "request": "explain", "metric": "faithfulness", "limit": 4},
     ]
     tree = json.loads(trained.config.model_dump_json())
     tree["evaluate"]["definitions"] = definitions
@@ -197,6 +198,11 @@ def test_tasks_as_data_are_further_cells(trained, tmp_path):
         lost["value"] == pytest.approx(there["value"] - here["value"]) and lost["low"] <= lost["value"] <= lost["high"]
     )
     assert max(row.answers[0]["tokens"] for row in kept_rows(trained, "written", "squad", config)) <= 3
+    assert [m["name"] for m in cells["explained", "faithfulness"]["metrics"]] == ["comprehensiveness", "sufficiency"]
+    for row in kept_rows(trained, "explained", "faithfulness", config):
+        answer = row.answers[0]
+        assert "".join(answer["pieces"]) == f"sentiment: review {row.index}"
+        assert len(answer["attribution"]) == len(answer["pieces"]) and 0.5 <= answer["probability"] <= 1.0
     assert stage.is_done(config, trained.storage, RUN, trained.manifest, STEP)
 
 
@@ -230,7 +236,7 @@ def test_done_means_the_same_files(trained, tmp_path):
 def test_a_task_whose_rows_are_gone_is_a_missing_cell(trained, tmp_path):
     config = with_tasks(trained, tmp_path)
     (tmp_path / "rows.jsonl").unlink()
-    with pytest.raises(stage.EvaluationError, match="4 of 10 cells have no result") as caught:
+    with pytest.raises(stage.EvaluationError, match="5 of 11 cells have no result") as caught:
         evaluated(trained, config)
     assert "accuracy of labelled" in str(caught.value) and "does not exist" in str(caught.value)
     kept = json.loads(trained.storage.read_text(f"{RUN}/evaluation/incomplete.json"))

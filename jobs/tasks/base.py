@@ -49,7 +49,19 @@ class Choices:
     targets: tuple[str, ...]
 
 
-Request = Generate | LogLikelihood | Choices
+@dataclass(frozen=True)
+class Explain:
+    """Ask which tokens of the source the likeliest of several candidates rests on.
+
+    Answer: {"chosen": number of the candidate, "pieces": texts of the source's tokens, "attribution": one number each,
+    "gap": what their sum misses, and the figures of `jobs.attributions.faithfulness`}.
+    """
+
+    source: str
+    targets: tuple[str, ...]
+
+
+Request = Generate | LogLikelihood | Choices | Explain
 
 
 @dataclass(frozen=True)

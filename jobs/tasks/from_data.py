@@ -15,6 +15,7 @@ from jobs.intervals import difference_interval
 from jobs.tasks.base import (
     Choices,
     Example,
+    Explain,
     Generate,
     LogLikelihood,
     Measure,
@@ -30,6 +31,8 @@ from jobs.tasks.rows import digest_of_definition, rendered, where
 
 # To be raised when requests or metrics of the same definition change their meaning.
 VERSION = 1
+# Tokens of an explanation that samples show.
+SHOWN = 8
 
 
 class DataTask:
@@ -50,7 +53,8 @@ class DataTask:
         if self.definition.limit is not None:
             return self.definition.limit
         evaluate = config.evaluate
-        return evaluate.generate_records if self.definition.request == "generate" else evaluate.likelihood_records
+        costly = self.definition.request in ("generate", "explain")
+        return evaluate.generate_records if costly else evaluate.likelihood_records
 
     def max_new_tokens(self, config: RunConfig) -> int:
         """The longest output of this task."""
@@ -103,6 +107,11 @@ class DataTask:
             return stopped(row.answers[0]["text"], task.stop)
         if task.request == "choices":
             return example.requests[0].targets[int(np.argmax(scores(row.answers[0], task.normalise)))]
+        if task.request == "explain":
+            answer = row.answers[0]
+            strongest = np.argsort(-np.asarray(answer["attribution"]), kind="stable")[:SHOWN]
+            chosen = example.requests[0].targets[answer["chosen"]]
+            return f"{chosen}, resting on: {' | '.join(answer['pieces'][i].strip() for i in strongest)}"
         return None
 
     def _request(self, record: HeldOut) -> Request:
@@ -116,7 +125,7 @@ class DataTask:
         candidates = self._candidates(record)
         if len(candidates) < 2 or not all(candidates):
             raise DataError(f"{where(task, 'choices')}: row {record.index} needs two candidates or more, none empty")
-        return Choices(record.source, candidates)
+        return (Explain if task.request == "explain" else Choices)(record.source, candidates)
 
     def _candidates(self, record: HeldOut) -> tuple[str, ...]:
         task = self.definition
@@ -203,4 +212,4 @@ def paired(
 def _headline(metric: str) -> str | None:
     if metric not in MEASURES:
         return None
-    return {"bbq": "accuracy", "squad": "exact_match"}.get(metric, metric)
+    return {"bbq": "accuracy", "squad": "exact_match", "faithfulness": "comprehensiveness"}.get(metric, metric)

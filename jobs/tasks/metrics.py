@@ -141,11 +141,30 @@ def bits(answered: Answered) -> list[Measure]:
     return [bits_measure(answered.rows)]
 
 
+def faithful(answered: Answered) -> list[Measure]:
+    """Comprehensiveness and sufficiency of integrated gradients, beside tokens in random order."""
+    answers = [row.answers[0] for row in answered.rows]
+    ones = np.ones(len(answers))
+    return [
+        Measure(
+            name,
+            name,
+            "probability",
+            higher,
+            np.array([answer[name] for answer in answers]),
+            ones,
+            {"random order": np.array([answer[f"random_{name}"] for answer in answers])},
+        )
+        for name, higher in (("comprehensiveness", True), ("sufficiency", False))
+    ]
+
+
 MEASURES: dict[str, Callable[[Answered], list[Measure]]] = {
     "accuracy": accuracy,
     "bbq": accuracy,
     "true_mass": true_mass,
     "first_preferred": preferred,
+    "faithfulness": faithful,
     "exact_match": written_match,
     "squad": squad,
     "rouge_l": rouge,
