@@ -176,8 +176,8 @@ class EvaluateSection(Section):
     samples: int = Field(10, ge=0, description="source/reference/output triples kept for the report")
     tasks: tuple[str, ...] = Field(
         (),
-        description="tasks that belong to no corpus: names of built-in ones (telar tasks lists them) or YAML files; "
-        "submitting puts what they say into `definitions`",
+        description="tasks that belong to no corpus: names of built-in ones (telar tasks lists them; all: every one) "
+        "or YAML files; submitting puts what they say into `definitions`",
     )
     datasets: str | None = Field(
         None, description="folder, any fsspec URL, that holds the files of built-in tasks; needed by them alone"

@@ -261,7 +261,11 @@ def report(run: str, storage: str | None, as_json: bool) -> None:
 
 @cli.command()
 @click.argument("run")
-@click.option("--tasks", metavar="A,B", help="Also these tasks: built-in names or YAML files, with commas between.")
+@click.option(
+    "--tasks",
+    metavar="A,B",
+    help="Also these tasks: built-in names (all: every one) or YAML files, with commas between.",
+)
 @click.option("--datasets", metavar="URL", help="Folder of the files of built-in tasks (evaluate.datasets).")
 @address
 @storage

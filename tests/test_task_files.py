@@ -224,6 +224,15 @@ def test_a_submitted_configuration_holds_tasks_in_full(tmp_path):
     assert with_definitions(again, "/nowhere").evaluate.definitions == (whole.evaluate.definitions[0], blimp)
 
 
+def test_all_stands_for_every_built_in_task(tmp_path):
+    given = run_config(tmp_path, tasks=["all"], datasets="sets")
+    found = with_definitions(given, str(tmp_path)).evaluate.definitions
+    assert [task.name for task in found] == built_in_names()
+    assert all(task.path.startswith(str(tmp_path / "sets")) for task in found)
+    # What they are compared with is there, too.
+    assert parse_config(yaml.safe_load(to_yaml(with_definitions(given, str(tmp_path)))), "again").evaluate.tasks == ()
+
+
 def test_files_of_built_in_tasks_may_be_anywhere():
     task = read_definition("winobias", "/nowhere", "s3://bucket/sets/")
     assert task.path == "s3://bucket/sets/winobias/{column}_stereotyped_type*.txt.test"

@@ -16,6 +16,7 @@ from jobs.tasks.registry import TASKS
 from jobs.tasks.rows import read_rows_of, records_of
 
 SEED = 0
+SHOWN_CHARACTERS = 400
 
 
 def evaluate_overrides(tasks: str | None, datasets: str | None) -> list[str]:
@@ -81,13 +82,17 @@ def validate(entry: str, datasets: str | None) -> dict[str, Any]:
 def validated_text(found: dict[str, Any]) -> str:
     """The outcome for people."""
     request = found["first_request"]
+
+    def shown(text: str) -> str:
+        return (text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}...") or "(none)"
+
     lines = [
         f"task {found['name']}: fine. {found['taken']} of {found['rows']} rows are taken from {found['path']}",
         f"metric {found['metric']}; {found['signature']}",
         *([f"groups {', '.join(found['groups'])}"] if found["groups"] else []),
         f"row {found['first_row']} asks to {request['kind']}:",
-        f"  source  {request['source'] or '(none)'}",
+        f"  source  {shown(request['source'])}",
     ]
-    lines += [f"  target  {request['target']}"] if "target" in request else []
-    lines += [f"  choice  {choice}" for choice in request.get("targets", ())]
+    lines += [f"  target  {shown(request['target'])}"] if "target" in request else []
+    lines += [f"  choice  {shown(choice)}" for choice in request.get("targets", ())]
     return "\n".join(lines)

@@ -13,6 +13,8 @@ from configs.schema import RunConfig, TaskSection
 
 BUILT_IN = Path(configs.__file__).parent / "tasks"
 SUFFIXES = (".yaml", ".yml")
+# Stands for every built-in task.
+ALL = "all"
 
 
 def built_in_names() -> list[str]:
@@ -55,9 +57,10 @@ def with_definitions(config: RunConfig, base: str | None) -> RunConfig:
     evaluate = config.evaluate
     found = {task.name: _placed(task, base) for task in evaluate.definitions}
     datasets = None if evaluate.datasets is None else absolute_url(evaluate.datasets, base=base)
-    for entry in evaluate.tasks:
-        task = read_definition(entry, base, datasets)
-        found[task.name] = task
+    for given in evaluate.tasks:
+        for entry in built_in_names() if given == ALL else [given]:
+            task = read_definition(entry, base, datasets)
+            found[task.name] = task
     changed = evaluate.model_copy(update={"tasks": (), "datasets": datasets, "definitions": tuple(found.values())})
     return config.model_copy(update={"evaluate": changed})
 

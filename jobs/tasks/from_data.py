@@ -43,9 +43,14 @@ class DataTask:
     def __init__(self, definition: TaskSection) -> None:
         self.definition = definition
         self.name = definition.metric
-        how = f", compared by {definition.normalise}" if definition.request == "choices" else ""
+        how = {
+            "generate": "decoding as in the settings",
+            "choices": f"eos included, compared by {definition.normalise}",
+            "explain": "eos included, integrated gradients",
+            "loglikelihood": "eos included",
+        }[definition.request]
         digest = digest_of_definition(definition)[:12]
-        self.signature = f"task {definition.name}, {definition.request}{how}, eos included; definition {digest}"
+        self.signature = f"task {definition.name}, {definition.request}, {how}; definition {digest}"
         self.headline = _headline(definition.metric)
 
     def limit(self, config: RunConfig) -> int:
