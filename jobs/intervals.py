@@ -94,12 +94,17 @@ def difference_interval(
     if any(len(side) == 0 or side[:, 1].sum() == 0 for side in sides):
         raise ValueError("no records to average over")
     values = [side[:, 0].sum() / side[:, 1].sum() for side in sides]
-    generator = np.random.default_rng(seed)
-    drawn = []
-    for side in sides[:1] if paired else sides:
-        drawn.append(generator.multinomial(len(side), np.full(len(side), 1.0 / len(side)), size=rounds))
-    sums = [drawn[0 if paired else number] @ side for number, side in enumerate(sides)]
-    defined = (sums[0][:, 1] != 0) & (sums[1][:, 1] != 0)
-    differences = sums[0][defined, 0] / sums[0][defined, 1] - sums[1][defined, 0] / sums[1][defined, 1]
+    generator, differences = np.random.default_rng(seed), []
+    step = max(1, CHUNK_COUNTS // max(map(len, sides)))
+    for start in range(0, rounds, step):
+        size = min(step, rounds - start)
+        drawn = [
+            generator.multinomial(len(side), np.full(len(side), 1.0 / len(side)), size=size)
+            for side in (sides[:1] if paired else sides)
+        ]
+        first_sums, second_sums = drawn[0] @ sides[0], drawn[-1] @ sides[1]
+        defined = (first_sums[:, 1] != 0) & (second_sums[:, 1] != 0)
+        ratios = [sums[defined, 0] / sums[defined, 1] for sums in (first_sums, second_sums)]
+        differences.extend(ratios[0] - ratios[1])
     low, high = np.quantile(differences, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Interval(float(values[0] - values[1]), float(low), float(high), min(map(len, sides)))

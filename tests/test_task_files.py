@@ -18,7 +18,7 @@ from configs.task_section import METRICS, OF_ALL_ROWS
 from data.held_out import HeldOut
 from jobs.cli import cli
 from jobs.commands.paths import with_absolute_paths
-from jobs.commands.task_listing import evaluate_overrides
+from jobs.commands.task_listing import check_tasks, evaluate_overrides
 from jobs.tasks.base import Choices, Generate, Row, TrainingFacts
 from jobs.tasks.definitions import built_in_names, read_definition, with_definitions
 from jobs.tasks.from_data import DataTask
@@ -269,6 +269,19 @@ def test_commands_list_and_validate(tmp_path):
     assert said["first_request"]["kind"] == "Choices" and said["rows"] == 5
     wrong = CliRunner().invoke(cli, ["tasks", "validate", write_task(tmp_path, TASK.replace("limit", "lmit"))])
     assert isinstance(wrong.exception, ConfigError) and "did you mean limit" in str(wrong.exception)
+
+
+def test_what_is_wrong_with_rows_is_said_before_a_run(tmp_path):
+    path = write_task(tmp_path, TASK.replace("{country} is", "{land} is"))
+    given = with_definitions(run_config(tmp_path, tasks=[path]), str(tmp_path))
+    with pytest.raises(DataError, match="task capitals: source: row 0 has no field 'land'"):
+        check_tasks(given, 1 << 20)
+    check_tasks(given, 10)
+    done = CliRunner().invoke(
+        cli, ["submit", str(tmp_path / "run.yaml"), "--embedded", "--storage", str(tmp_path / "r")]
+    )
+    assert isinstance(done.exception, DataError) and "no field 'land'" in str(done.exception)
+    assert not (tmp_path / "r").exists()
 
 
 def test_options_of_evaluate_name_files_from_the_current_folder(tmp_path, monkeypatch):

@@ -150,13 +150,15 @@ def _fresh(request: Request) -> tuple[RunPlace, RunConfig]:
             f"run.name: run {name!r} exists in {storage.url}; choose another name, or continue it with "
             f"`telar submit --resume {name}`"
         )
-    embedded = given_address(request.address, config, request.embedded) is None
+    embedded = _is_embedded(request, config)
     run = config.run.model_copy(update={"name": name, "storage": storage.url})
     config = with_absolute_paths(config.model_copy(update={"run": run}), request.config, check=embedded)
     if embedded:
         from data.inputs import check_readable
+        from jobs.commands.task_listing import check_tasks
 
         check_readable(config, CHECKED_INPUT_BYTES)
+        check_tasks(config, CHECKED_INPUT_BYTES)
     return RunPlace(storage, name), config
 
 
@@ -174,7 +176,15 @@ def _resumed(request: Request) -> tuple[RunPlace, RunConfig]:
     # Read again as a whole, since tasks that were named are compared with others only when all are known.
     new = parse_config(json.loads(with_definitions(new, None).model_dump_json()), origin)
     check_resumable(old, new, place)
+    if new.evaluate.definitions != old.evaluate.definitions and _is_embedded(request, new):
+        from jobs.commands.task_listing import check_tasks
+
+        check_tasks(new, CHECKED_INPUT_BYTES)
     return place, new
+
+
+def _is_embedded(request: Request, config: RunConfig) -> bool:
+    return given_address(request.address, config, request.embedded) is None
 
 
 def _refuse_running(jobs: Jobs, place: RunPlace) -> None:

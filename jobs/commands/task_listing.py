@@ -13,7 +13,7 @@ from configs.task_section import METRICS
 from jobs.tasks.definitions import BUILT_IN, built_in_names, is_file, read_definition
 from jobs.tasks.from_data import DataTask
 from jobs.tasks.registry import TASKS
-from jobs.tasks.rows import read_rows_of, records_of
+from jobs.tasks.rows import data_version, read_rows_of, records_of
 
 SEED = 0
 SHOWN_CHARACTERS = 400
@@ -29,6 +29,17 @@ def evaluate_overrides(tasks: str | None, datasets: str | None) -> list[str]:
     if datasets is not None:
         changes.append(f"evaluate.datasets={json.dumps(datasets)}")
     return changes
+
+
+def check_tasks(config: RunConfig, most_bytes: int) -> None:
+    """Make the requests of all tasks as data, so that what is wrong with one is said before a run and not after it.
+
+    Tasks whose files hold more than `most_bytes` are left to the evaluation. Raises DataError or StorageError.
+    """
+    for definition in config.evaluate.definitions:
+        if sum(size for _, size, _ in data_version(definition)) <= most_bytes:
+            task = DataTask(definition)
+            task.examples(read_rows_of(definition, task.limit(config), config.run.seed), definition.name, config)
 
 
 def listing() -> dict[str, Any]:
