@@ -164,6 +164,8 @@ class TaskSection(Section):
             raise ValueError(f"{compared[0]}: {self.metric} is no mean over rows that could be compared; remove it")
         if self.gap is not None and not self.group:
             raise ValueError("gap: it names two groups; give group, a template of a row's group")
+        if self.compare_with is not None and self.metric == "first_preferred":
+            raise ValueError("compare_with: first_preferred is neither better above nor below; remove it")
         if self.compare_with == self.name:
             raise ValueError("compare_with: it is the task itself; name another task or a corpus")
         if self.request != "generate" and (self.stop or self.max_new_tokens is not None):

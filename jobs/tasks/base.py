@@ -96,7 +96,10 @@ class Baseline:
 
 @dataclass(frozen=True)
 class Metric:
-    """One figure of a cell with its 95% interval over `n` records, and baselines on the same records."""
+    """One figure of a cell with its 95% interval over `n` records, and baselines on the same records.
+
+    `higher_is_better` is None for a figure that should be neither above nor below its baseline (a bias).
+    """
 
     name: str
     label: str
@@ -105,7 +108,7 @@ class Metric:
     high: float
     n: int
     unit: str
-    higher_is_better: bool
+    higher_is_better: bool | None
     tokens: int | None = None
     baselines: tuple[Baseline, ...] = ()
 
@@ -127,12 +130,15 @@ class TrainingFacts:
 
 @dataclass(frozen=True)
 class Measure:
-    """A figure that is a ratio of sums over records, before intervals; all arrays are `[records]`."""
+    """A figure that is a ratio of sums over records, before intervals; all arrays are `[records]`.
+
+    `higher_is_better` as in `Metric`.
+    """
 
     name: str
     label: str
     unit: str
-    higher_is_better: bool
+    higher_is_better: bool | None
     numerators: np.ndarray
     denominators: np.ndarray
     baselines: dict[str, np.ndarray] = field(default_factory=dict)
@@ -191,7 +197,7 @@ def build_metric(
     name: str,
     label: str,
     unit: str,
-    higher_is_better: bool,
+    higher_is_better: bool | None,
     numerators: np.ndarray,
     denominators: np.ndarray,
     baselines: dict[str, np.ndarray],
@@ -238,7 +244,7 @@ def statistic_metric(
     name: str,
     label: str,
     unit: str,
-    higher_is_better: bool,
+    higher_is_better: bool | None,
     statistics: np.ndarray,
     figure: Callable[[np.ndarray], float],
     baselines: dict[str, np.ndarray],

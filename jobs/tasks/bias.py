@@ -18,7 +18,7 @@ def first_preferred(scores: Sequence[np.ndarray]) -> Measure:
     """
     first = np.array([wins(each)[0] for each in scores])
     even = {"no preference": np.full(len(first), 0.5)}
-    return Measure("first_preferred", "first preferred", "share (even: 0.5)", False, first, np.ones(len(first)), even)
+    return Measure("first_preferred", "first preferred", "share, even 0.5", None, first, np.ones(len(first)), even)
 
 
 def bias_metrics(
@@ -48,8 +48,8 @@ def bias_metrics(
             statistic_metric(
                 f"bias_{name}",
                 f"bias score, {label}",
-                "-1 to 1 (none: 0)",
-                False,
+                "-1 to 1",
+                None,
                 own,
                 ambiguous_bias if name == "ambiguous" else bias,
                 {"chance": theirs},

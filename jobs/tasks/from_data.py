@@ -201,7 +201,7 @@ class DataTask:
             config.run.seed,
         )
         label = f"{measure.label}, {task.gap[0]} minus {task.gap[1]}"
-        return Metric("gap", label, found.value, found.low, found.high, found.n, measure.unit, False)
+        return Metric("gap", label, found.value, found.low, found.high, found.n, measure.unit, None)
 
 
 def paired(
