@@ -21,11 +21,12 @@ SMOKE_RUN ?=
 smoke: .venv
 	$(BIN)/telar submit configs/smoke.yaml --embedded --wait --down $(if $(SMOKE_RUN),--set run.name=$(SMOKE_RUN))
 
+# Two at a time; tests/conftest.py keeps all that use Ray in one of the two.
 test: .venv
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n 2
 
 test-slow: .venv
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow -n 2
 
 lint: .venv
 	$(BIN)/ruff check .

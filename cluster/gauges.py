@@ -16,6 +16,8 @@ MEANINGS = {
     "step": "optimizer steps done",
     "world_size": "training ranks",
     "attempt": "attempt number",
+    "last_commit_step": "step of the last committed checkpoint; absent before the first",
+    "last_commit_unix_seconds": "when that was committed",
 }
 
 
@@ -29,7 +31,8 @@ class RunGauges:
         for gauge in self._gauges.values():
             gauge.set_default_tags({"run": run})
 
-    def publish(self, record: dict[str, Any]) -> None:
-        """Set every gauge from one step record."""
-        for name, gauge in self._gauges.items():
-            gauge.set(float(record[name]))
+    def publish(self, figures: dict[str, Any]) -> None:
+        """Set the gauges of those figures that have one and are known."""
+        for name in self._gauges.keys() & figures.keys():
+            if figures[name] is not None:
+                self._gauges[name].set(float(figures[name]))

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
+import os
+import weakref
 from typing import IO, Any
 
 import numpy as np
@@ -11,6 +15,13 @@ import xxhash
 # An Arrow file begins with "ARROW1" and two bytes of padding; the schema message follows.
 MAGIC_BYTES = 8
 OPTIONS = pa.ipc.IpcWriteOptions(compression=None)
+# Python's own mmap keeps the file open as long as it is mapped, and Arrow's has the kernel read all of it ahead.
+LIBC = ctypes.CDLL(None, use_errno=True)
+LIBC.mmap.restype = ctypes.c_void_p
+LIBC.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long)
+LIBC.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+LIBC.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+MAP_FAILED = ctypes.c_void_p(-1).value
 
 
 def view(array: pa.Array) -> np.ndarray:
@@ -95,10 +106,40 @@ class DigestingWriter:
         return self._sink.digest
 
 
+class _Map:
+    """A read-only memory map of a file of `size` bytes, as long as this object lives."""
+
+    def __init__(self, file: IO[bytes], size: int) -> None:
+        address = LIBC.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, file.fileno(), 0)
+        if address == MAP_FAILED:
+            raise OSError(ctypes.get_errno(), "cannot be mapped", file.name)
+        self.address = address
+        # At the end of the process the kernel unmaps, when no array can be in use any more.
+        weakref.finalize(self, LIBC.munmap, address, size).atexit = False
+
+
 def mapped(path: str) -> pa.Buffer:
     """A file as a view of its memory map, which stays mapped as long as the view or a part of it lives.
 
-    No file descriptor stays open. Raises FileNotFoundError.
+    No file descriptor stays open. A page that is touched is read from disk alone, without its neighbours: rows are
+    read in shuffled order, and `read_soon` says which pages come next. Raises OSError.
     """
-    with pa.memory_map(path) as source:
-        return source.read_buffer()
+    with open(path, "rb", 0) as file:  # noqa: PTH123
+        size = os.fstat(file.fileno()).st_size
+        if not size:
+            return pa.py_buffer(b"")
+        whole = _Map(file, size)
+    content = pa.foreign_buffer(whole.address, size, whole)
+    _advise(content, mmap.MADV_RANDOM)
+    return content
+
+
+def read_soon(content: pa.Buffer) -> None:
+    """Have the kernel start reading a part of a mapped file from disk, in one piece; does not wait."""
+    _advise(content, mmap.MADV_WILLNEED)
+
+
+def _advise(content: pa.Buffer, advice: int) -> None:
+    skipped = content.address % mmap.PAGESIZE
+    if content.size and LIBC.madvise(content.address - skipped, content.size + skipped, advice):
+        raise OSError(ctypes.get_errno(), "madvise failed")

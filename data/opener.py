@@ -145,6 +145,7 @@ class CacheOpener:
         held = self._held.pop(shard.path, None)
         if held is not None:
             held.release()
+            self._freed()
 
     def close(self) -> None:
         """Release all leases and stop fetching ahead."""
@@ -171,6 +172,10 @@ class CacheOpener:
     def _condemn(self, shard: ShardInfo, reason: str) -> Exception:
         """Quarantine a shard; the error to raise."""
         return self._quarantine.add(shard, reason)
+
+    def _freed(self) -> None:
+        """A lease has ended: what is fetched ahead may have room now."""
+        self._prefetcher.released()
 
     def _keep(self, shard: ShardInfo, held: Held) -> None:
         self._prefetcher.used(self._reader, shard)

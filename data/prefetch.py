@@ -43,6 +43,8 @@ class Prefetcher:
         self._queue: list[ShardInfo] = []
         self._in_flight: dict[str, int] = {}
         self._full = False
+        # How often room may have come about: what a fetch found full may have had some since.
+        self._releases = 0
         self._closed = False
         self._threads: list[threading.Thread] = []
 
@@ -58,18 +60,23 @@ class Prefetcher:
             self._uses.announce(reader, [shard.digest for shard in shards])
             known |= {shard.digest: shard for shard in self._queue}
             self._queue = [known[digest] for digest in self._uses.order() if digest in known]
-            self._full = False
             while len(self._threads) < THREADS:
                 thread = threading.Thread(target=self._work, name="telar-prefetch", daemon=True)
                 self._threads.append(thread)
                 thread.start()
-            self._condition.notify_all()
+        self.released()
 
     def used(self, reader: str, shard: ShardInfo) -> None:
         """The reader has the shard."""
         with self._condition:
             self._uses.used(reader, shard.digest)
+        self.released()
+
+    def released(self) -> None:
+        """Something in the cache may be evicted now that could not be before: look again."""
+        with self._condition:
             self._full = False
+            self._releases += 1
             self._condition.notify_all()
 
     def close(self) -> None:
@@ -103,12 +110,13 @@ class Prefetcher:
                         # Too much is in flight; the next fetch that ends wakes this thread.
                         self._condition.wait()
                     continue
+                releases = self._releases
             outcome = self._fetch(shard)
             with self._condition:
                 del self._in_flight[shard.digest]
                 if outcome == "prefetch_no_room":
                     self._queue.insert(0, shard)
-                    self._full = True
+                    self._full = releases == self._releases
                 self._condition.notify_all()
             self._cache.count(outcome, 1)
 

@@ -1,7 +1,8 @@
 """Verified local copies of shards in a bounded folder; local storage is verified in place, never copied or deleted.
 
 A copy is fetched to a temporary name, checked against the manifest's digest, flushed to disk and renamed: a file under
-its final name was whole when it got there. Every process hashes a file once before it uses it. Files are named by
+its final name was whole when it got there. Every process hashes a copy once before it uses it; a file of local storage
+is hashed by the first process of the machine, and again when it has changed (data/verified.py). Copies are named by
 digest, so several processes, jobs and data folders share one cache folder; locks and leases are the kernel's
 (data/file_locks.py), so a process that dies leaves none behind. A file that is unlinked while it is mapped stays
 readable; its disk space is free when the last map is gone.
@@ -28,9 +29,11 @@ from data.fetch import FULL_DISK, Deadline, FetchTimeout, StorageFetch, damaged,
 from data.file_locks import exclusive, is_held, lease, remove_unleased
 from data.manifest import ShardInfo
 from data.shards import file_digest
+from data.verified import VerifiedFiles
 
 DEFAULT_TIMEOUT_SECONDS = 300.0
 SUFFIX = ".arrow"
+VERIFIED = ".verified-in-place"
 UNUSABLE = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST})
 
 # Puts verified content into a file, or raises.
@@ -90,6 +93,7 @@ class ShardCache:
         self._lock = threading.Lock()
         self._counts: Counter[str] = Counter()
         self._verified: dict[str, Identity] = {}
+        self._on_machine = VerifiedFiles(self._folder / VERIFIED)
         self.from_storage = StorageFetch(self._storage, count=self.count)
         self._turn = turn or self._own_turn
         if not self.is_local:
@@ -172,12 +176,14 @@ class ShardCache:
         path = self._storage.local_path(shard.path)
         assert path is not None
         try:
-            identity = _identity(Path(path).stat())
-            if self._verified.get(shard.digest) != identity:
-                actual = file_digest(path)
-                if actual != shard.digest:
-                    raise damaged(shard, self._storage.url, actual)
-                self._verified[shard.digest] = identity
+            state = Path(path).stat()
+            if self._verified.get(shard.digest) != _identity(state):
+                if not self._on_machine.knows(shard.digest, state):
+                    actual = file_digest(path)
+                    if actual != shard.digest:
+                        raise damaged(shard, self._storage.url, actual)
+                    self._on_machine.add(shard.digest, state)
+                self._verified[shard.digest] = _identity(state)
         except FileNotFoundError as error:
             raise missing(shard, self._storage.url) from error
         return path

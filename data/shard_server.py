@@ -84,6 +84,7 @@ class ShardServer:
         """The cache folder, once the manifest is read; raises DataError when it cannot be."""
         Manifest.read(Storage(self._settings.storage_url), self._settings.data_folder)
         self._join()
+        self._publish()
         return self._folder
 
     def ping(self) -> str:
@@ -108,6 +109,10 @@ class ShardServer:
     def used(self, shard: ShardInfo, reader: str) -> None:
         """A reader has leased the shard."""
         self._prefetcher.used(reader, shard)
+
+    def released(self) -> None:
+        """A reader has let go of a shard."""
+        self._prefetcher.released()
 
     def prefetch(self, shards: Sequence[ShardInfo], reader: str) -> None:
         """Fetch shards in the background, in this order, as far as the cache has room that is not needed sooner."""
@@ -345,6 +350,9 @@ class ServerOpener(CacheOpener):
         except QuarantinedShard:
             return self._quarantine.add(shard, reason)
         return super()._condemn(shard, reason)
+
+    def _freed(self) -> None:
+        self._server.released.remote()
 
     def _keep(self, shard: ShardInfo, held: Any) -> None:
         super()._keep(shard, held)

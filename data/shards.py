@@ -15,7 +15,7 @@ import pyarrow as pa
 import xxhash
 
 from configs.errors import DataError
-from data.arrow_file import MAGIC_BYTES, mapped, view
+from data.arrow_file import MAGIC_BYTES, mapped, read_soon, view
 from data.shard_table import ShardInfo
 from data.shard_writer import shard_schema, token_type, write_shard
 
@@ -62,10 +62,7 @@ class ShardReader:
 
     def __init__(self, path: str, info: ShardInfo, check: bool = True) -> None:
         self._path, self._info = path, info
-        try:
-            self._content = mapped(path)
-        except pa.ArrowInvalid as error:
-            raise self._damaged(f"is no Arrow file ({error})") from error
+        self._content = mapped(path)
         if self._content.size != info.bytes:
             raise self._damaged(
                 f"is no Arrow file of {info.bytes} bytes as the manifest says, but {self._content.size}"
@@ -186,7 +183,9 @@ class ShardReader:
 
     def verify_batch(self, batch: int) -> None:
         """Compare one record batch, its message header included, with its digest; raises DataError."""
-        if xxhash.xxh3_64_intdigest(self._batch_content(batch)) != self._info.batches[batch].digest:
+        content = self._batch_content(batch)
+        read_soon(content)
+        if xxhash.xxh3_64_intdigest(content) != self._info.batches[batch].digest:
             raise self._damaged(f"does not match its digest in record batch {batch}")
         self._checked[batch] = True
 

@@ -10,6 +10,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -58,6 +59,7 @@ def doctor(address: str | None, storage: str | None, as_json: bool) -> None:
 @cli.command()
 @click.argument("config", required=False)
 @click.option("--resume", metavar="RUN", help="Continue this run with its stored configuration and --set.")
+@click.option("--or-resume", is_flag=True, help="Continue the run of CONFIG if it exists: for jobs that are retried.")
 @click.option("--stage", type=click.Choice(STAGE_NAMES), help="Run this stage only.")
 @click.option("--wait", is_flag=True, help="Follow the job to its end; the exit code is its outcome.")
 @click.option("--down", is_flag=True, help="With --wait: end the embedded cluster if this command started it.")
@@ -69,6 +71,7 @@ def doctor(address: str | None, storage: str | None, as_json: bool) -> None:
 def submit(
     config: str | None,
     resume: str | None,
+    or_resume: bool,
     stage: str | None,
     wait: bool,
     down: bool,
@@ -83,7 +86,7 @@ def submit(
         raise click.UsageError("--down ends the cluster after the job, so it needs --wait; or use `telar down`")
     from jobs.commands.submitting import Request
 
-    request = Request(config, overrides, resume, storage, address, embedded, stage)
+    request = Request(config, overrides, resume, storage, address, embedded, stage, or_resume)
     _submit(request, wait, down, as_json)
 
 
@@ -226,6 +229,50 @@ def stop(run: str, now: bool, timeout: float, address: str | None, storage: str 
     state = following.stop(place, address, now, timeout, lambda line: click.echo(line, err=True))
     note = "had ended before: " if before in runs.TERMINAL else ""
     _print(as_json, {"run": place.name, "state": state}, f"run {place.name}: {note}{state}")
+
+
+@cli.command()
+@click.option("--out", type=click.Path(file_okay=False), default="monitoring", show_default=True, help="Folder.")
+@click.option("--token-file", type=click.Path(), help="Holds the cluster's token; default: the embedded cluster's.")
+@click.option("--prometheus", metavar="URL", default="http://127.0.0.1:9090", show_default=True, help="For Grafana.")
+@address
+@as_json
+def monitor(out: str, token_file: str | None, prometheus: str, address: str | None, as_json: bool) -> None:
+    """Write prometheus.yml, Grafana's dashboard and its provisioning for a cluster."""
+    from jobs.commands.monitoring import monitor as write_files
+
+    written = write_files(Path(out), address, token_file, prometheus)
+    _print(as_json, written, written["message"])
+
+
+@cli.command()
+@click.argument("config")
+@click.option("--to", "system", type=click.Choice(("kuberay", "slurm", "ray-up")), required=True)
+@click.option("--nodes", type=click.IntRange(1), help="Machines with ranks; default: as many as the ranks need.")
+@click.option("--gpus-per-node", type=click.IntRange(1), help="Default: 8, or all ranks if they are fewer.")
+@click.option("--cpus-per-node", type=click.IntRange(1), help="Default: cluster.cpus_per_rank for each rank and 2.")
+@click.option("--memory-gib", type=click.IntRange(1), help="Memory per machine; default: 16 GiB for each rank.")
+@click.option("--image", help="kuberay: container image with Telar installed.")
+@click.option("--claim", help="kuberay: a ReadWriteMany volume claim, mounted at /shared in all pods.")
+@click.option("--shared", metavar="DIR", help="slurm: a folder that all machines see, e.g. /home.")
+@click.option("--time", "limit", default="24:00:00", show_default=True, help="slurm: time limit of one allocation.")
+@click.option("--hosts", help="ray-up: machines that are there, separated by commas, the head first.")
+@click.option("--region", help="ray-up on AWS.")
+@click.option("--instance-type", help="ray-up on AWS: machines with ranks.")
+@click.option("--user", default="ubuntu", show_default=True, help="ray-up: who logs in by SSH.")
+@click.option("--out", type=click.Path(dir_okay=False), help="Write here instead of to the terminal.")
+@storage
+@overrides
+def deploy(config: str, storage: str | None, overrides: tuple[str, ...], out: str | None, **options: Any) -> None:
+    """Write what brings a run onto Kubernetes (KubeRay), Slurm or machines of `ray up`."""
+    from jobs.commands.deploying import Target, manifest
+
+    text = manifest(config, overrides, storage, Target(**options))
+    if out is None:
+        click.echo(text, nl=False)
+        return
+    Path(out).write_text(text)
+    click.echo(f"wrote {out}", err=True)
 
 
 @cli.command()

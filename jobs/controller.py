@@ -147,8 +147,8 @@ class Controller:
         """A step of rank 0."""
         if self._ledger is not None:
             self._ledger.record_step(record)
-        if self._gauges is not None:
-            self._gauges.publish(record)
+        if self._gauges is not None and self._ledger is not None:
+            self._gauges.publish(record | self._ledger.last_commit())
 
     def record_rank_file(self, step: int, attempt: int, file: commit.RankFile, world_size: int, extra: dict) -> None:
         """A rank's part of a checkpoint lies in storage."""

@@ -110,6 +110,11 @@ class Ledger:
         if step % every == 0 or step == self._config.train.steps or step == 1:
             self.say(step_line(record, self._config.train.steps))
 
+    def last_commit(self) -> dict[str, Any]:
+        """Step and time of the newest commit of this controller, as they stand in status.json."""
+        with self._lock:
+            return {name: self.status.get(name) for name in ("last_commit_step", "last_commit_unix_seconds")}
+
     def record_rank_file(self, step: int, attempt: int, file: commit.RankFile, world_size: int, extra: dict) -> None:
         """A rank has written its part of a checkpoint; the last one of a step commits it.
 
@@ -134,7 +139,7 @@ class Ledger:
             return
         total = sum(part.bytes for part in files.values())
         self.event("committed", step=step, attempt=attempt, bytes=total)
-        self.update(last_commit_step=step)
+        self.update(last_commit_step=step, last_commit_unix_seconds=time.time())
         try:
             removed = commit.prune(self.checkpoints, self._config.checkpoint.keep)
         except (StorageError, OSError) as error:

@@ -11,6 +11,7 @@ import ray
 
 from cluster import commit
 from cluster.environment import check_fingerprint
+from cluster.network import GLOO_VARIABLE, interface_of
 from data.shard_server import shard_opener
 from jobs.loop import LoopEnd
 from jobs.rank import Messages, RankReporter, RankTask, run_rank
@@ -52,6 +53,9 @@ class TrainWorker:
         os.environ.update(operator_environment(operators))
         preload()
         address = ray.util.get_node_ip_address()
+        interface = interface_of(address)
+        if interface is not None:
+            os.environ.setdefault(GLOO_VARIABLE, interface)
         with socket.socket() as probe:
             probe.bind((address, 0))
             port = probe.getsockname()[1]

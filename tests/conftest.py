@@ -11,6 +11,31 @@ from cluster import local, processes
 from configs.schema import ClusterSection
 
 
+def pytest_xdist_make_scheduler(config, log):
+    """Two workers (pytest-xdist): a file stays in one, and all that use Ray in the same, as there is one cluster."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByCluster(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            file = nodeid.split("::", 1)[0]
+            return "ray" if "pytest.mark.ray" in (config.rootpath / file).read_text() else file
+
+    return ByCluster(config, log)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def shard_cache():
+    """A shard cache of this session, so that tests neither use nor leave files of the user's own."""
+    kept = os.environ.get("TELAR_SHARD_CACHE")
+    with tempfile.TemporaryDirectory(prefix="telar-t-", dir="/tmp") as folder:
+        os.environ["TELAR_SHARD_CACHE"] = folder
+        yield
+    if kept is None:
+        del os.environ["TELAR_SHARD_CACHE"]
+    else:
+        os.environ["TELAR_SHARD_CACHE"] = kept
+
+
 @pytest.fixture(scope="session")
 def embedded_ray():
     """One embedded cluster of 8 logical CPUs for the whole session; nothing of it may be left at the end."""

@@ -63,9 +63,14 @@ class RunPlace:
 
 
 def storage_for(option: str | None, config: RunConfig | None = None) -> Storage:
-    """The storage in use: --storage, TELAR_STORAGE, run.storage, `runs`; relative ones from the current folder."""
+    """The storage in use; see `storage_url_for`."""
+    return Storage(storage_url_for(option, config))
+
+
+def storage_url_for(option: str | None, config: RunConfig | None = None) -> str:
+    """Its URL: --storage, TELAR_STORAGE, run.storage, `runs`; relative ones from the current folder."""
     url = option or os.environ.get("TELAR_STORAGE") or (config.run.storage if config else None) or "runs"
-    return Storage(absolute_url(url))
+    return absolute_url(url)
 
 
 def locate(run: str, storage_option: str | None) -> RunPlace:

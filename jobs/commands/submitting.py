@@ -30,7 +30,7 @@ from configs.schema import RunConfig
 from jobs.commands.addresses import given_address
 from jobs.commands.paths import with_absolute_paths
 from jobs.commands.resuming import check_resumable
-from jobs.commands.runs import TERMINAL, RunPlace, locate, state_of, storage_for
+from jobs.commands.runs import LEASE_SECONDS, TERMINAL, RunPlace, locate, state_of, storage_for
 from jobs.ledger import STOP_REQUEST
 from jobs.tasks.definitions import with_definitions
 from jobs.trainable import check_trainable
@@ -40,6 +40,9 @@ if TYPE_CHECKING:
 
 # Inputs up to this size are read through once before a job on this machine is submitted; larger ones by the job.
 CHECKED_INPUT_BYTES = 64 * 2**20
+# States in which nobody works on a run.
+IDLE = (*TERMINAL, "silent", "submitted")
+POLL_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,7 @@ class Request:
     address: str | None = None
     embedded: bool = False
     stage: str | None = None
+    or_resume: bool = False
     entrypoint: str | None = field(default=None)
 
 
@@ -97,7 +101,7 @@ class Submitted:
 
 def submit(request: Request, say: Callable[[str], None]) -> Submitted:
     """Check everything that can be checked, write RUN/config.yaml, submit; undo both when the job is not taken."""
-    place, config = _resumed(request) if request.resume else _fresh(request)
+    place, config, resumed = _resumed(request) if request.resume else _from_file(request)
     if request.stage != "prepare":
         check_trainable(config)
     given = given_address(request.address, config, request.embedded)
@@ -117,9 +121,9 @@ def submit(request: Request, say: Callable[[str], None]) -> Submitted:
         where = "the embedded cluster" if cluster else f"the cluster at {jobs.address.url}"
         check_capacity(config, nodes, where, embedded=cluster is not None)
         check_storage_is_shared(config, nodes, place.storage.is_local, embedded=cluster is not None)
-        if request.resume:
-            _refuse_running(jobs, place)
-        with _written(place, config, resumed=request.resume is not None):
+        if resumed:
+            _refuse_running(jobs, place, LEASE_SECONDS if request.or_resume else 0.0)
+        with _written(place, config, resumed):
             job_id, ray_command = _send(request, place, config, jobs)
     except BaseException:
         if cluster is not None and cluster.started_by_us:
@@ -137,15 +141,19 @@ def _connect(given: tuple[str, str] | None, cluster: local.LocalCluster | None) 
     return Jobs(Address(*given))
 
 
-def _fresh(request: Request) -> tuple[RunPlace, RunConfig]:
+def _from_file(request: Request) -> tuple[RunPlace, RunConfig, bool]:
+    """The run of a configuration file, and whether it exists: an error, unless it is to be resumed then."""
     if request.config is None:
         raise ConfigError("CONFIG: name a configuration file, or continue a run with --resume RUN")
     config = load_config(request.config, request.overrides)
     storage = storage_for(request.storage, config)
+    if request.or_resume and not config.run.name:
+        raise ConfigError("--or-resume: the run needs a name to be found by; set run.name")
     name = config.run.name or f"{Path(request.config).stem}-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}"
     if name == "data":
         raise ConfigError("run.name: 'data' is where prepared data lies in every storage; choose another name")
-    if storage.exists(name):
+    exists = storage.exists(name)
+    if exists and not (request.or_resume and storage.exists(f"{name}/config.yaml")):
         raise ConfigError(
             f"run.name: run {name!r} exists in {storage.url}; choose another name, or continue it with "
             f"`telar submit --resume {name}`"
@@ -153,26 +161,28 @@ def _fresh(request: Request) -> tuple[RunPlace, RunConfig]:
     embedded = _is_embedded(request, config)
     run = config.run.model_copy(update={"name": name, "storage": storage.url})
     config = with_absolute_paths(config.model_copy(update={"run": run}), request.config, check=embedded)
-    if embedded:
+    place = RunPlace(storage, name)
+    if exists:
+        check_resumable(parse_config(_stored(place), f"{place.url}/config.yaml"), config, place)
+    elif embedded:
         from data.inputs import check_readable
         from jobs.commands.task_listing import check_tasks
 
         check_readable(config, CHECKED_INPUT_BYTES)
         check_tasks(config, CHECKED_INPUT_BYTES)
-    return RunPlace(storage, name), config
+    return place, config, exists
 
 
-def _resumed(request: Request) -> tuple[RunPlace, RunConfig]:
+def _resumed(request: Request) -> tuple[RunPlace, RunConfig, bool]:
     if request.config is not None:
         raise ConfigError(
             "CONFIG: --resume continues with the run's stored configuration; leave CONFIG out and change fields with "
             "--set"
         )
     place = locate(request.resume or "", request.storage)
-    text = place.storage.read_text(f"{place.name}/config.yaml")
-    origin = f"{place.url}/config.yaml"
-    old = parse_config(yaml.safe_load(text), origin)
-    new = parse_config(apply_overrides(yaml.safe_load(text), request.overrides), origin)
+    tree, origin = _stored(place), f"{place.url}/config.yaml"
+    old = parse_config(tree, origin)
+    new = parse_config(apply_overrides(tree, request.overrides), origin)
     # Read again as a whole, since tasks that were named are compared with others only when all are known.
     new = parse_config(json.loads(with_definitions(new, None).model_dump_json()), origin)
     check_resumable(old, new, place)
@@ -180,18 +190,30 @@ def _resumed(request: Request) -> tuple[RunPlace, RunConfig]:
         from jobs.commands.task_listing import check_tasks
 
         check_tasks(new, CHECKED_INPUT_BYTES)
-    return place, new
+    return place, new, True
 
 
 def _is_embedded(request: Request, config: RunConfig) -> bool:
     return given_address(request.address, config, request.embedded) is None
 
 
-def _refuse_running(jobs: Jobs, place: RunPlace) -> None:
-    """Raise ConfigError while the run's job or, its job lost, its controller still works on it."""
-    details, state = jobs.of_run(place.url), state_of(place.status())
+def _stored(place: RunPlace) -> dict[str, Any]:
+    return yaml.safe_load(place.storage.read_text(f"{place.name}/config.yaml"))
+
+
+def _refuse_running(jobs: Jobs, place: RunPlace, patience_seconds: float) -> None:
+    """Raise ConfigError while the run's job or, its job lost, its controller still works on it.
+
+    A run that this cluster knows no job of may be one of a cluster that has just been lost: for `patience_seconds` its
+    controller is given time to show that it lives.
+    """
+    details = jobs.of_run(place.url)
+    deadline = time.monotonic() + patience_seconds
+    while details is None and state_of(place.status()) not in IDLE and time.monotonic() < deadline:
+        time.sleep(POLL_SECONDS)
+    state = state_of(place.status())
     job_runs = details is not None and not details.status.is_terminal()
-    if job_runs or state not in (*TERMINAL, "silent", "submitted"):
+    if job_runs or state not in IDLE:
         job = f"job {details.submission_id}, " if details is not None else ""
         raise ConfigError(
             f"--resume: run {place.name!r} is going on ({job}{state}); follow it with `telar watch {place.name}` or "

@@ -102,6 +102,9 @@ class Bench:
         # A home of its own: hidden caches of an earlier run would be used again.
         with tempfile.TemporaryDirectory(prefix="tb-home-") as home:
             environment = {**os.environ, **own, "HF_HOME": home, "LITDATA_CACHE_DIR": home}
+            # The two phases of a resume are on one machine.
+            work = arguments[arguments.index("--work") + 1] if "--work" in arguments else home
+            environment["TELAR_SHARD_CACHE"] = f"{work}/telar-shards"
             started = time.time()
             process = subprocess.Popen(
                 command, cwd=home, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,

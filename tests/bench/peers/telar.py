@@ -17,7 +17,7 @@ from configs.load import parse_config
 from configs.schema import RunConfig
 from data.loader import Loader
 from data.manifest import CorpusInfo, Manifest, ShardInfo
-from data.opener import CacheOpener, CacheSettings
+from data.opener import CacheOpener, CacheSettings, cache_folder
 from data.reader import SampleReader
 from data.rows import RowFormat, rows_of
 from data.shards import write_shard
@@ -58,9 +58,9 @@ def make_manifest(width: int, corpora: list[CorpusInfo]) -> Manifest:
 
 
 def local_opener(storage: Storage, manifest: Manifest) -> CacheOpener:
-    """Local shards are used in place, each hashed once by a process."""
+    """Local shards are used in place, each hashed once by the processes of a workload."""
     tokens = sum(corpus.target_tokens for corpus in manifest.corpora)
-    return CacheOpener(CacheSettings(storage.url, manifest.folder, tokens), "unused")
+    return CacheOpener(CacheSettings(storage.url, manifest.folder, tokens), cache_folder())
 
 
 class Tokens(Stream):
