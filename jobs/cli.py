@@ -17,6 +17,7 @@ from typing import Any
 import click
 
 from configs.errors import ConfigError, TelarError
+from jobs.commands.task_verbs import tasks
 
 STAGE_NAMES = ("codebook", "prepare", "train", "evaluate", "report")
 
@@ -320,7 +321,7 @@ def report(run: str, storage: str | None, as_json: bool) -> None:
 @as_json
 def evaluate(
     run: str,
-    tasks: str | None,
+    named: str | None,
     datasets: str | None,
     address: str | None,
     storage: str | None,
@@ -331,33 +332,11 @@ def evaluate(
     from jobs.commands.submitting import Request
     from jobs.commands.task_listing import evaluate_overrides
 
-    changes = (*overrides, *evaluate_overrides(tasks, datasets))
+    changes = (*overrides, *evaluate_overrides(named, datasets))
     _submit(Request(None, changes, run, storage, address, False, stage="evaluate"), True, False, as_json)
 
 
-@cli.group(invoke_without_command=True)
-@as_json
-@click.pass_context
-def tasks(context: click.Context, as_json: bool) -> None:
-    """List the tasks of corpora and the built-in tasks; `telar tasks validate FILE` checks one of your own."""
-    if context.invoked_subcommand is not None:
-        return
-    from jobs.commands.task_listing import listing, listing_text
-
-    found = listing()
-    _print(as_json, found, listing_text(found))
-
-
-@tasks.command()
-@click.argument("task", metavar="FILE|NAME")
-@click.option("--datasets", metavar="URL", help="Folder of the files of built-in tasks (evaluate.datasets).")
-@as_json
-def validate(task: str, datasets: str | None, as_json: bool) -> None:
-    """Check a task's fields, read its rows and show the first request; exit code 2 for fields, 1 for rows."""
-    from jobs.commands.task_listing import validate, validated_text
-
-    found = validate(task, datasets)
-    _print(as_json, found, validated_text(found))
+cli.add_command(tasks)
 
 
 @cli.command()
