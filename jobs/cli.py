@@ -311,6 +311,7 @@ def report(run: str, storage: str | None, as_json: bool) -> None:
 @click.argument("run")
 @click.option(
     "--tasks",
+    "named",
     metavar="A,B",
     help="Also these tasks: built-in names (all: every one) or YAML files, with commas between.",
 )

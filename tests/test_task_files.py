@@ -300,3 +300,9 @@ def test_generate_asks_for_texts_up_to_a_stop():
     row = Row(0, ({"text": "y\nQ: more"},))
     (found,) = task.score(examples, [row], TrainingFacts(NGRAMS), "t", config(bootstrap_rounds=100))
     assert found.value == 1.0 and task.output(examples[0], row) == "y"
+
+
+def test_evaluate_takes_its_options(tmp_path):
+    asked = ["evaluate", "nothing", "--tasks", "all", "--datasets", "sets", "--storage", str(tmp_path)]
+    done = CliRunner().invoke(cli, asked)
+    assert isinstance(done.exception, ConfigError) and "nothing" in str(done.exception)
