@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -35,6 +35,9 @@ class CorpusSection(Section):
     with .gz; names that start with a dot are skipped. Files named by themselves or by a glob may have any suffix, and
     .gz is unpacked. A folder on a web server ends in a slash.
     """
+
+    # Where messages say that a corpus stands.
+    place: ClassVar[str] = "data.corpora"
 
     name: str = Field(description="name in manifests, metrics and tables")
     kind: Literal["python", "text", "jsonl", "json", "csv", "tsv", "parquet", "arrow", "parallel", "hf"] = Field(
@@ -85,7 +88,7 @@ class CorpusSection(Section):
         "cut in two); records outside are left out and counted",
     )
     weight: float = Field(1.0, gt=0.0, description="share of samples, relative to the other corpora")
-    task: Literal["likelihood", "summary", "completion", "translation"] = Field(
+    task: Literal["likelihood", "summary", "completion", "translation", "sentiment", "qa", "text_generation"] = Field(
         "likelihood", description="how held-out records are evaluated, besides their likelihood"
     )
 

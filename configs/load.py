@@ -8,13 +8,15 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from configs.errors import ConfigError
-from configs.schema import RunConfig
+from configs.schema import RunConfig, TaskSection
+
+Root = TypeVar("Root", bound=BaseModel)
 
 
 class _Loader(yaml.SafeLoader):
@@ -60,10 +62,20 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 def parse_config(tree: Mapping[str, Any], origin: str) -> RunConfig:
     """Validate a nested mapping; `origin` (a file or command) leads each message. Raises ConfigError."""
+    return _validated(RunConfig, tree, origin)
+
+
+def load_task(path: str | Path) -> TaskSection:
+    """Read the YAML file of a task; raises ConfigError that names file, field and fix. Its `path` stays as written."""
+    file = Path(path)
+    return _validated(TaskSection, _read_yaml(file, TaskSection), str(file))
+
+
+def _validated(model: type[Root], tree: Mapping[str, Any], origin: str) -> Root:
     try:
-        return RunConfig.model_validate(_tuples(dict(tree)))
+        return model.model_validate(_tuples(dict(tree)))
     except ValidationError as error:
-        lines = [_explain(problem) for problem in _causes(error)]
+        lines = [_explain(problem, model) for problem in _causes(error)]
         raise ConfigError(f"{origin}: " + "\n  ".join(lines)) from error
 
 
@@ -105,7 +117,7 @@ def _differences(old: object, new: object, prefix: str) -> list[str]:
     return [] if old == new else [prefix.rstrip(".")]
 
 
-def _read_yaml(file: Path) -> dict[str, Any]:
+def _read_yaml(file: Path, model: type[BaseModel] = RunConfig) -> dict[str, Any]:
     try:
         text = file.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -120,7 +132,7 @@ def _read_yaml(file: Path) -> dict[str, Any]:
         raise ConfigError(f"{file}: is not valid YAML: {error}") from error
     if not isinstance(tree, dict):
         raise ConfigError(
-            f"{file}: must hold sections ({', '.join(RunConfig.model_fields)}), not {type(tree).__name__}"
+            f"{file}: must hold a mapping with keys of {', '.join(model.model_fields)}, not {type(tree).__name__}"
         )
     return tree
 
@@ -177,11 +189,11 @@ def _causes(error: ValidationError) -> list[Any]:
     ]
 
 
-def _explain(problem: Mapping[str, Any]) -> str:
+def _explain(problem: Mapping[str, Any], root: type[BaseModel]) -> str:
     where = ".".join(str(part) for part in problem["loc"])
     kind, given = problem["type"], problem.get("input")
     if kind == "extra_forbidden":
-        model, prefix = _model_at(problem["loc"][:-1])
+        model, prefix = _model_at(problem["loc"][:-1], root)
         known = list(model.model_fields) if model else []
         near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1, cutoff=0.5)
         hint = f"did you mean {prefix}{near[0]}?" if near else f"known here: {', '.join(known)}"
@@ -201,9 +213,9 @@ def _short(value: object) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _model_at(location: Sequence[str | int]) -> tuple[type[BaseModel] | None, str]:
+def _model_at(location: Sequence[str | int], root: type[BaseModel]) -> tuple[type[BaseModel] | None, str]:
     """The section class at an error's location, and the dotted prefix that leads to it."""
-    model: type[BaseModel] | None = RunConfig
+    model: type[BaseModel] | None = root
     prefix = ""
     for part in location:
         prefix += f"{part}."

@@ -14,8 +14,17 @@ from configs.images_section import ImagesSection
 from configs.model_section import AttentionSection, ModelSection
 from configs.pipeline_limits import pipeline_problem
 from configs.section import NAME_PATTERN, Fraction, PositiveInt, Section
+from configs.task_section import TaskSection
 
-__all__ = ["AttentionSection", "CorpusSection", "DataSection", "ModelSection", "TokenizerSection", "WeightChange"]
+__all__ = [
+    "AttentionSection",
+    "CorpusSection",
+    "DataSection",
+    "ModelSection",
+    "TaskSection",
+    "TokenizerSection",
+    "WeightChange",
+]
 
 
 class RunSection(Section):
@@ -186,6 +195,23 @@ class EvaluateSection(Section):
     )
     bootstrap_rounds: int = Field(1000, ge=100, description="resamples behind each confidence interval")
     samples: int = Field(10, ge=0, description="source/reference/output triples kept for the report")
+    tasks: tuple[str, ...] = Field(
+        (),
+        description="tasks that belong to no corpus: names of built-in ones (telar tasks lists them; all: every one) "
+        "or YAML files; submitting puts what they say into `definitions`",
+    )
+    datasets: str | None = Field(
+        None, description="folder, any fsspec URL, that holds the files of built-in tasks; needed by them alone"
+    )
+    definitions: tuple[TaskSection, ...] = Field((), description="tasks in full, in the form of a task's YAML file")
+
+    @model_validator(mode="after")
+    def _task_names_differ(self) -> EvaluateSection:
+        names = [task.name for task in self.definitions]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"definitions: the name {twice[0]!r} stands twice; give each task its own")
+        return self
 
 
 class TrackingSection(Section):
@@ -235,6 +261,21 @@ class RunConfig(Section):
             )
         if self.data.packing == "chunk":
             raise ValueError("data.packing: chunk would cut pictures in two; set data.packing to best_fit or none")
+        return self
+
+    @model_validator(mode="after")
+    def _tasks_and_corpora_differ(self) -> RunConfig:
+        corpora = [corpus.name for corpus in self.data.corpora]
+        tasks = {task.name: task for task in self.evaluate.definitions}
+        for name, task in tasks.items():
+            if name in corpora:
+                raise ValueError(f"evaluate.definitions: {name!r} is the name of a corpus too; rename the task")
+            # Names of tasks are known when their files are read, which is when the run is submitted.
+            if task.compare_with not in (None, *corpora, *tasks) and not self.evaluate.tasks:
+                raise ValueError(
+                    f"evaluate.definitions: {name}: compare_with: no task or corpus {task.compare_with!r}; there are "
+                    f"{', '.join([*corpora, *tasks])}; add it to evaluate.tasks, or remove compare_with"
+                )
         return self
 
     @model_validator(mode="after")

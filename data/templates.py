@@ -20,7 +20,7 @@ HANGUL = ("\uac00", "\ud7a3")
 
 def where(corpus: CorpusSection, field: str) -> str:
     """How messages name a field of a corpus: `data.corpora[NAME].FIELD`."""
-    return f"data.corpora[{corpus.name}].{field}"
+    return f"{corpus.place}[{corpus.name}].{field}"
 
 
 def image_field(column: str) -> str:

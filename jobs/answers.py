@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,10 +17,12 @@ from data.packing import Pair, cut_pairs, cut_sequence, fit_prompt, fit_source
 from data.ring import Arrays
 from data.templates import literal_start
 from data.tokenizer import Tokenizer
+from jobs.attributions import faithfulness, integrated_gradients
 from jobs.batches import to_model
 from jobs.evaluator import Evaluator
 from jobs.loading import load_trained
-from jobs.tasks.base import Generate, LogLikelihood, Request
+from jobs.tasks.base import Choices, Explain, Generate, LogLikelihood, Request
+from jobs.tasks.choosing import probabilities
 from model.batch import ModelBatch
 from model.beam import beam_search
 from model.generation import greedy
@@ -54,7 +57,8 @@ class ModelAnswers:
     def __init__(self, model: Transformer, tokenizer: Tokenizer, config: RunConfig) -> None:
         self._model, self._tokenizer, self._data = model, tokenizer, config.data
         self._evaluate = config.evaluate
-        self._corpora = {corpus.name: corpus for corpus in config.data.corpora}
+        tasks = [task.corpus() for task in config.evaluate.definitions]
+        self._corpora = {corpus.name: corpus for corpus in [*config.data.corpora, *tasks]}
         self._sequence = config.data.layout == "sequence"
 
     def answer(self, corpus: str, requests: Sequence[Request], max_new_tokens: int) -> list[dict[str, Any]]:
@@ -65,10 +69,17 @@ class ModelAnswers:
         answers: dict[int, dict[str, Any]] = {}
         writing = [i for i, request in enumerate(requests) if isinstance(request, Generate)]
         scoring = [i for i, request in enumerate(requests) if isinstance(request, LogLikelihood)]
+        choosing = [i for i, request in enumerate(requests) if isinstance(request, Choices)]
         scored = [requests[i] for i in scoring]
+        # Every candidate is one more pair of the same batch.
+        candidates = [LogLikelihood(requests[i].source, target) for i in choosing for target in requests[i].targets]
         sources = [requests[i].source for i in writing]
         answers.update(zip(writing, self._generate(sources, prefix, keep_head, max_new_tokens, pictures), strict=True))
-        answers.update(zip(scoring, self._score(scored, prefix, keep_head, pictures), strict=True))
+        found = iter(self._score([*scored, *candidates], prefix, keep_head, pictures))
+        answers.update((i, next(found)) for i in scoring)
+        answers.update((i, _of_candidates([next(found) for _ in requests[i].targets])) for i in choosing)
+        explaining = [i for i, request in enumerate(requests) if isinstance(request, Explain)]
+        answers.update((i, self._explain(requests[i], prefix, keep_head)) for i in explaining)
         return [answers[i] for i in range(len(requests))]
 
     def _generate(
@@ -79,7 +90,7 @@ class ModelAnswers:
             fit_prompt(ids, max_new_tokens, data.target_tokens, keep_head)
             if self._sequence
             else fit_source(ids, data.source_tokens, keep_head)
-            for ids in self._encode(sources, prefix)
+            for ids in self._encode_sources(sources, prefix)
         ]
         outputs = self._outputs([ids.tolist() for ids in encoded], max_new_tokens)
         return [
@@ -106,7 +117,7 @@ class ModelAnswers:
     def _score(
         self, requests: Sequence[LogLikelihood], prefix: str | None, keep_head: bool, pictures: bool
     ) -> list[dict[str, Any]]:
-        sources = self._encode([request.source for request in requests], prefix)
+        sources = self._encode_sources([request.source for request in requests], prefix)
         written = [request.target for request in requests]
         targets = self._tokenizer.encode_codes(written) if pictures else self._encode(written)
         data, eos = self._data, self._tokenizer.eos_id
@@ -135,6 +146,41 @@ class ModelAnswers:
             )
         return answers
 
+    def _explain(self, request: Explain, prefix: str | None, keep_head: bool) -> dict[str, Any]:
+        """Integrated gradients of the likeliest candidate, alone in its batch; targets are cut to one piece."""
+        (source,), targets = self._encode_sources([request.source], prefix), self._encode(request.targets)
+        eos, data = self._tokenizer.eos_id, self._data
+        labels = [np.append(target, eos).astype(np.int32)[: data.target_tokens // 2] for target in targets]
+        longest = max(map(len, labels))
+        if self._sequence:
+            source = fit_prompt(source, longest, data.target_tokens, keep_head)
+        else:
+            source = fit_source(source, data.source_tokens, keep_head)
+        nothing = self._nothing()
+
+        def candidates(of: np.ndarray) -> list[Pair]:
+            return [(of if len(of) else nothing, each) for each in labels]
+
+        def shares(sources: Sequence[np.ndarray]) -> np.ndarray:
+            """Probability of each candidate among all, `[sources, candidates]`."""
+            scored = self._score_pairs([pair for of in sources for pair in candidates(of)])
+            nats = np.array([nll.sum() for nll, _ in scored]).reshape(-1, len(labels))
+            return np.array([probabilities(-row) for row in nats])
+
+        chosen = int(np.argmax(shares([source])[0]))
+        # In layout sequence bos stands before the source.
+        start = 1 if self._sequence else 0
+        batch = self._batch(candidates(source))
+        place = slice(start, start + len(source))
+        attribution, gap = integrated_gradients(self._model, batch, place, self._tokenizer.pad_id, chosen)
+        return {
+            "chosen": chosen,
+            "pieces": [self._tokenizer.decode([token]) for token in source],
+            "attribution": attribution.tolist(),
+            "gap": gap,
+            **faithfulness(source, attribution, lambda sources: shares(sources)[:, chosen]),
+        }
+
     def _score_pairs(self, pairs: Sequence[Pair]) -> list[tuple[np.ndarray, np.ndarray]]:
         """Nats and most probable token at each label of each pair; one pair per row, rows of like length together."""
         results: dict[int, tuple[np.ndarray, np.ndarray]] = {}
@@ -157,12 +203,28 @@ class ModelAnswers:
         rows = [(source, np.array([len(source)]), labels, np.array([len(labels)])) for source, labels in pairs]
         return to_model(collator.fill(rows, 0, Arrays.empty(*collator.sizes))).trimmed()
 
+    def _encode_sources(self, texts: Sequence[str], prefix: str | None) -> list[np.ndarray]:
+        """Sources as ids; an encoder, which must have something to attend to, reads an empty one as one eos."""
+        return [ids if len(ids) else self._nothing() for ids in self._encode(texts, prefix)]
+
+    def _nothing(self) -> np.ndarray:
+        return np.array([] if self._sequence else [self._tokenizer.eos_id], dtype=np.int32)
+
     def _encode(self, texts: Sequence[str], prefix: str | None = None) -> list[np.ndarray]:
         """Token ids; texts that begin with the corpus's prefix have it as one token, as in training."""
         ids: list[np.ndarray] = []
         for text in texts:
             ids += self._tokenizer.encode_batch([text], prefix if prefix and text.startswith(prefix) else None)
         return ids
+
+
+def _of_candidates(scored: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One answer of `Choices` from those of its candidates."""
+    return {
+        "nll": [math.fsum(each["nll"]) for each in scored],
+        "tokens": [len(each["labels"]) for each in scored],
+        "bytes": [each["bytes"] for each in scored],
+    }
 
 
 def keeps_head(corpus: CorpusSection) -> bool:

@@ -17,6 +17,7 @@ from typing import Any
 import click
 
 from configs.errors import ConfigError, TelarError
+from jobs.commands.task_verbs import tasks
 
 STAGE_NAMES = ("codebook", "prepare", "train", "evaluate", "report")
 
@@ -335,6 +336,39 @@ def report(run: str, storage: str | None, as_json: bool) -> None:
     place = runs.locate(run, storage)
     write_report(place.storage, place.name)
     _print(as_json, {"run": place.name, "report": f"{place.url}/report.html"}, f"{place.url}/report.html")
+
+
+@cli.command()
+@click.argument("run")
+@click.option(
+    "--tasks",
+    "named",
+    metavar="A,B",
+    help="Also these tasks: built-in names (all: every one) or YAML files, with commas between.",
+)
+@click.option("--datasets", metavar="URL", help="Folder of the files of built-in tasks (evaluate.datasets).")
+@address
+@storage
+@overrides
+@as_json
+def evaluate(
+    run: str,
+    named: str | None,
+    datasets: str | None,
+    address: str | None,
+    storage: str | None,
+    overrides: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Evaluate the latest checkpoint of RUN as a Ray job, and wait for it; what is answered already is kept."""
+    from jobs.commands.submitting import Request
+    from jobs.commands.task_listing import evaluate_overrides
+
+    changes = (*overrides, *evaluate_overrides(named, datasets))
+    _submit(Request(None, changes, run, storage, address, False, stage="evaluate"), True, False, as_json)
+
+
+cli.add_command(tasks)
 
 
 @cli.command()

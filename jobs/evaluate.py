@@ -15,18 +15,21 @@ from typing import Any
 
 from cluster.commit import Committed
 from cluster.storage import Storage
-from configs.errors import TelarError
-from configs.schema import RunConfig
+from configs.errors import DataError, StorageError, TelarError
+from configs.schema import RunConfig, TaskSection
 from data.held_out import read_records
 from data.manifest import Manifest
 from jobs.answers import EvaluatorTask, load_evaluator
+from jobs.drops import add_drops, check_comparisons
 from jobs.fan_out import RayRunner, Runner
 from jobs.loading import choose_checkpoints
 from jobs.machine import hardware, versions
-from jobs.results import Cell, cell_result, inputs_digest, overall_result, samples, table_lines
-from jobs.slices import cut, decoding_of, read_rows
+from jobs.results import Cell, cell_result, energy_results, inputs_digest, overall_result, samples, table_lines
+from jobs.slices import cut, decoding_of, read_energy, read_rows
 from jobs.tasks.base import TrainingFacts
+from jobs.tasks.from_data import DataTask
 from jobs.tasks.registry import tasks_of
+from jobs.tasks.rows import digest_of_definition, digest_of_rows, read_rows_of
 from jobs.training_facts import training_facts
 
 RESULTS = "evaluation/results.json"
@@ -45,7 +48,12 @@ def is_done(config: RunConfig, storage: Storage, run: str, manifest: Manifest, s
         found = json.loads(folder.read_text(RESULTS))
     except (FileNotFoundError, json.JSONDecodeError):
         return False
-    return found.get("digest") == inputs_digest(config, digest_of(committed), manifest.digest)
+    try:
+        digest = inputs_digest(config, digest_of(committed), manifest.digest)
+    except (DataError, StorageError):
+        # Rows of a task cannot be listed; evaluating says so in the task's cell.
+        return False
+    return found.get("digest") == digest
 
 
 def digest_of(committed: Sequence[Committed]) -> str:
@@ -74,6 +82,12 @@ def evaluate(
     folder = storage.child(run)
     committed = choose_checkpoints(storage, run, step, config.evaluate.average_checkpoints)
     cells = plan(config, storage, manifest, digest_of(committed))
+    try:
+        # Of the files as they are now, before anything is answered.
+        digest = inputs_digest(config, digest_of(committed), manifest.digest)
+    except (DataError, StorageError):
+        # The cells of tasks whose files cannot be listed say so; what is incomplete is never taken for done.
+        digest = ""
     slices = [piece for cell in cells for piece in cell.slices]
     todo = sorted(
         (piece for piece in slices if not folder.exists(piece.path)), key=lambda piece: (-piece.cost, piece.key)
@@ -99,15 +113,17 @@ def evaluate(
                 cell.problems.append(given_up.get(piece.key, f"slice {piece.key} was not answered"))
             else:
                 cell.rows.extend(rows)
+                cell.note(read_energy(folder, piece))
         if cell.problems:
             cell.rows.clear()
     found = [cell_result(cell, known, config) for cell in cells]
+    add_drops(cells, found, config)
     overall = overall_result(cells, found, known, config)
     for line in table_lines([*([overall] if overall else []), *found]):
         report(line)
     failed = [f"{c['task']} of {c['corpus']}: {c['detail']}" for c in found if c["status"] in ("missing", "failed")]
     content = {
-        "digest": inputs_digest(config, digest_of(committed), manifest.digest),
+        "digest": digest,
         "step": step,
         "checkpoint": f"checkpoints/{committed[-1].folder}",
         "checkpoint_digest": committed[-1].digest,
@@ -115,6 +131,7 @@ def evaluate(
         "training_tokens_counted": known.ngrams.tokens,
         "cells": [*([overall] if overall else []), *found],
         "failed": failed,
+        "energy": energy_results(cells),
         "samples": samples(cells, config.evaluate.samples),
         "records": records,
         "slices": len(slices),
@@ -167,7 +184,30 @@ def plan(config: RunConfig, storage: Storage, manifest: Manifest, checkpoint_dig
                 decoding_of(config.evaluate),
             )
             cells.append(Cell(corpus.name, task, examples, slices))
+    cells += [_cell_of(definition, config, inputs) for definition in config.evaluate.definitions]
+    check_comparisons(cells)
     return cells
+
+
+def _cell_of(definition: TaskSection, config: RunConfig, inputs: dict[str, str]) -> Cell:
+    """The cell of a task as data; one whose rows cannot be had is a cell with that problem, and the others go on."""
+    task = DataTask(definition)
+    try:
+        records = read_rows_of(definition, task.limit(config), config.run.seed)
+        examples = task.examples(records, definition.name, config)
+    except (DataError, StorageError) as error:
+        return Cell(definition.name, task, [], [], problems=[str(error)])
+    slices = cut(
+        definition.name,
+        task.name,
+        task.version,
+        examples,
+        config.evaluate.slice_records,
+        task.max_new_tokens(config),
+        {**inputs, "data": digest_of_rows(records), "definition": digest_of_definition(definition)},
+        decoding_of(config.evaluate),
+    )
+    return Cell(definition.name, task, examples, slices)
 
 
 class Progress:

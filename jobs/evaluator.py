@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from cluster.storage import Storage
 from configs.errors import TelarError
+from jobs.energy import Meter
 from jobs.slices import Slice, write_rows
 from jobs.tasks.base import Example, Request, Row
 
@@ -28,7 +29,9 @@ class Evaluator:
 
     def work(self, piece: Slice) -> None:
         """Answer one slice. Batches are formed from the slice alone, so answers do not depend on who works."""
-        write_rows(self._folder, piece, self.rows(piece))
+        meter = Meter()
+        rows = self.rows(piece)
+        write_rows(self._folder, piece, rows, meter.stop())
 
     def rows(self, piece: Slice) -> list[Row]:
         """Rows of a slice in its order; an example that cannot be answered becomes a row with its error."""

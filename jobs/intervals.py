@@ -80,3 +80,31 @@ def mean_interval(values: np.ndarray, rounds: int, seed: int) -> Interval:
     """The mean of one value per record with its interval; raises ValueError when there is no record."""
     values = np.asarray(values, dtype=np.float64)
     return ratio_interval(values, np.ones(values.size), rounds, seed)
+
+
+def difference_interval(
+    first: tuple[np.ndarray, np.ndarray], second: tuple[np.ndarray, np.ndarray], paired: bool, rounds: int, seed: int
+) -> Interval:
+    """Ratio of sums of `first` minus that of `second`; each is (numerators, denominators), `[records]`.
+
+    With `paired`, record i of both is the same one and both are drawn together; else each side is resampled by itself
+    and `n` is the smaller number of records. Raises ValueError when a side has no record or nothing to divide by.
+    """
+    sides = [np.stack([np.asarray(part, dtype=np.float64) for part in side], axis=1) for side in (first, second)]
+    if any(len(side) == 0 or side[:, 1].sum() == 0 for side in sides):
+        raise ValueError("no records to average over")
+    values = [side[:, 0].sum() / side[:, 1].sum() for side in sides]
+    generator, differences = np.random.default_rng(seed), []
+    step = max(1, CHUNK_COUNTS // max(map(len, sides)))
+    for start in range(0, rounds, step):
+        size = min(step, rounds - start)
+        drawn = [
+            generator.multinomial(len(side), np.full(len(side), 1.0 / len(side)), size=size)
+            for side in (sides[:1] if paired else sides)
+        ]
+        first_sums, second_sums = drawn[0] @ sides[0], drawn[-1] @ sides[1]
+        defined = (first_sums[:, 1] != 0) & (second_sums[:, 1] != 0)
+        ratios = [sums[defined, 0] / sums[defined, 1] for sums in (first_sums, second_sums)]
+        differences.extend(ratios[0] - ratios[1])
+    low, high = np.quantile(differences, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return Interval(float(values[0] - values[1]), float(low), float(high), min(map(len, sides)))

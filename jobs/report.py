@@ -203,7 +203,32 @@ def _evaluation(results: dict[str, Any] | None) -> str:
     return (
         f"<h2>Evaluation <small>{escape(note)}</small></h2>"
         f'<div class="card">{evaluation_table(results["cells"])}{legend}</div>'
+        f"{_energy(results.get('energy', []))}"
     )
+
+
+def _energy(cells: Sequence[dict[str, Any]]) -> str:
+    """What answering took, cell by cell, and in which way the joules are known."""
+    if not cells:
+        return ""
+    rows = [
+        (
+            cell["corpus"],
+            cell["task"],
+            f"{cell['joules']:,.1f}",
+            f"{cell['joules_per_record']:.3g}",
+            f"{cell['joules_per_token']:.3g}" if cell["joules_per_token"] is not None else "",
+            span(cell["seconds"]),
+            cell["kind"],
+        )
+        for cell in cells
+    ]
+    head = ("corpus or task", "figure", "joules", "per record", "per token", "evaluator time", "joules are")
+    note = (
+        '<p class="soft">Measured: share of the processor packages\' own counters by CPU time. Estimated: CPU time of '
+        "the evaluators times 4 W a thread. Energy of memory, cooling and idle machines is in neither.</p>"
+    )
+    return f'<div class="card"><h3>Energy of evaluation</h3>{plain_table(head, rows, right=(2, 3, 4, 5))}{note}</div>'
 
 
 def _samples(results: dict[str, Any] | None) -> str:

@@ -32,11 +32,12 @@ def evaluation_table(cells: Sequence[dict[str, Any]]) -> str:
 
 
 def _metric_rows(metric: dict[str, Any], cell: dict[str, Any]) -> list[str]:
-    better = "higher is better" if metric["higher_is_better"] else "lower is better"
+    higher = metric["higher_is_better"]
+    better = "neither side is better" if higher is None else "higher is better" if higher else "lower is better"
     entries = [metric, *metric["baselines"]]
     left, right = min(entry["low"] for entry in entries), max(entry["high"] for entry in entries)
     failed = f' <span class="bad">({cell["failed_records"]} failed)</span>' if cell["failed_records"] else ""
-    arrow = "&uarr;" if metric["higher_is_better"] else "&darr;"
+    arrow = "" if higher is None else "&uarr;" if higher else "&darr;"
     tokens = f"{metric['tokens']:,}" if metric.get("tokens") else ""
     rows = [
         f'<tr class="metric"><td title="{escape(better)}. {escape(cell["signature"])}">{escape(metric["label"])} '
@@ -49,7 +50,8 @@ def _metric_rows(metric: dict[str, Any], cell: dict[str, Any]) -> list[str]:
         low, high = base["difference_low"], base["difference_high"]
         verdict = ""
         if low > 0 or high < 0:
-            verdict = "good" if (low > 0) == metric["higher_is_better"] else "bad"
+            # A bias is bad on either side.
+            verdict = "good" if higher is not None and (low > 0) == higher else "bad"
         strip = interval_strip(base["value"], base["low"], base["high"], left, right, "base")
         rows.append(
             f'<tr class="base"><td>&ensp;{escape(base["name"])}</td><td class="r">{figure(base["value"])}</td>'

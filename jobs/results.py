@@ -5,16 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 
 from configs.schema import RunConfig
+from jobs.energy import JOULES_PER_KWH, Energy
 from jobs.slices import Slice
 from jobs.tasks.base import Example, Metric, Row, Task, TrainingFacts
+from jobs.tasks.from_data import DataTask
 from jobs.tasks.likelihood import likelihood_metrics
 from jobs.tasks.registry import TASKS
+from jobs.tasks.rows import data_version
 
 ERROR_RATE_LIMIT = 0.05
 OVERALL = "all corpora"
@@ -32,11 +35,17 @@ class Cell:
     slices: list[Slice]
     rows: list[Row] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    energy: Energy | None = None
 
     @property
     def title(self) -> str:
         """`task of corpus`, for messages."""
         return f"{self.task.name} of {self.corpus}"
+
+    def note(self, energy: Energy | None) -> None:
+        """Add what one more slice took."""
+        if energy is not None:
+            self.energy = energy if self.energy is None else self.energy + energy
 
     def answered(self) -> list[tuple[Example, Row]]:
         """Examples with their rows, those with an error left out."""
@@ -44,8 +53,12 @@ class Cell:
 
 
 def inputs_digest(config: RunConfig, checkpoint_digest: str, data_digest: str) -> str:
-    """Digest of everything that results depend on; the number of evaluators is left out."""
+    """Digest of everything that results depend on; the number of evaluators is left out.
+
+    Raises DataError or StorageError when the files of a task cannot be listed.
+    """
     evaluate = config.evaluate.model_dump(mode="json", exclude={"workers"})
+    files = {task.name: data_version(task) for task in config.evaluate.definitions}
     content = {
         "format": FORMAT_VERSION,
         "checkpoint": checkpoint_digest,
@@ -53,6 +66,8 @@ def inputs_digest(config: RunConfig, checkpoint_digest: str, data_digest: str) -
         "corpora": {corpus.name: corpus.task for corpus in config.data.corpora},
         "tasks": {name: task.version for name, task in TASKS.items()},
         "evaluate": evaluate,
+        "definitions": DataTask.version,
+        "files": files,
         "seed": config.run.seed,
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
@@ -70,10 +85,10 @@ def cell_result(cell: Cell, facts: TrainingFacts, config: RunConfig) -> dict[str
         "detail": None,
         "metrics": [],
     }
-    if not cell.examples:
-        found.update(status="empty", detail="no held-out records; raise data.held_out_fraction or add files")
-    elif cell.problems:
+    if cell.problems:
         found.update(status="missing", detail="; ".join(dict.fromkeys(cell.problems)))
+    elif not cell.examples:
+        found.update(status="empty", detail="no held-out records; raise data.held_out_fraction or add files")
     elif found["failed_records"] > ERROR_RATE_LIMIT * len(cell.examples):
         first = next(row for row in cell.rows if row.error is not None)
         found.update(
@@ -86,6 +101,40 @@ def cell_result(cell: Cell, facts: TrainingFacts, config: RunConfig) -> dict[str
         metrics = cell.task.score(examples, rows, facts, cell.corpus, config)
         found["metrics"] = [metric.as_dict() for metric in metrics]
     return found
+
+
+def energy_results(cells: Sequence[Cell]) -> list[dict[str, Any]]:
+    """For each cell whose slices say so the joules that answering took, also per record and per token.
+
+    Tokens are those that were scored or written. A slice that an earlier evaluation answered counts with what it took
+    then; `kind` is measured, estimated, or mixed where slices differ in it.
+    """
+    found = []
+    for cell in cells:
+        if not cell.rows or cell.energy is None:
+            continue
+        tokens = sum(_tokens(answer) for row in cell.rows for answer in row.answers)
+        joules = cell.energy.joules
+        found.append(
+            {
+                "corpus": cell.corpus,
+                "task": cell.task.name,
+                **asdict(cell.energy),
+                "kwh": joules / JOULES_PER_KWH,
+                "records": len(cell.rows),
+                "tokens": tokens,
+                "joules_per_record": joules / len(cell.rows),
+                "joules_per_token": joules / tokens if tokens else None,
+            }
+        )
+    return found
+
+
+def _tokens(answer: dict[str, Any]) -> int:
+    """Tokens of one answer: labels that were scored, of all candidates, or tokens that were written."""
+    # An explanation counts the tokens that it explains.
+    tokens = len(answer.get("labels") or answer.get("pieces") or ()) or answer.get("tokens", 0)
+    return sum(tokens) if isinstance(tokens, list) else tokens
 
 
 def overall_result(
@@ -118,7 +167,7 @@ def samples(cells: Sequence[Cell], count: int) -> list[dict[str, str]]:
     """
     queues = []
     for number, cell in enumerate(cells):
-        written = [(e, r) for e, r in cell.answered() if cell.task.output(r) is not None] if cell.rows else []
+        written = [(e, r) for e, r in cell.answered() if cell.task.output(e, r) is not None] if cell.rows else []
         if written:
             stride = max(1, len(written) // max(count, 1))
             start = number * stride // len(cells)
@@ -140,7 +189,7 @@ def samples(cells: Sequence[Cell], count: int) -> list[dict[str, str]]:
                         "record": str(example.record.index),
                         "source": example.record.source[-SAMPLE_CHARACTERS:],
                         "reference": example.record.target[:SAMPLE_CHARACTERS],
-                        "output": (cell.task.output(row) or "")[:SAMPLE_CHARACTERS],
+                        "output": (cell.task.output(example, row) or "")[:SAMPLE_CHARACTERS],
                     }
                 )
     return chosen
@@ -149,14 +198,16 @@ def samples(cells: Sequence[Cell], count: int) -> list[dict[str, str]]:
 def table_lines(results: Sequence[dict[str, Any]]) -> list[str]:
     """One line per metric with interval, count and baselines, and one per cell without a figure."""
     lines = []
+    widths = [max([len(cell[key]) for cell in results], default=0) for key in ("corpus", "task")]
+    wide = max([len(metric["name"]) for cell in results for metric in cell["metrics"]], default=0)
     for cell in results:
-        title = f"{cell['corpus']:<12} {cell['task']:<11}"
+        title = f"{cell['corpus']:<{widths[0]}} {cell['task']:<{widths[1]}}"
         if cell["status"] != "ok":
             lines.append(f"{title} {cell['status']}: {cell['detail']}")
         for metric in cell["metrics"]:
             beside = ", ".join(f"{base['name']} {base['value']:.3f}" for base in metric["baselines"])
             lines.append(
-                f"{title} {metric['name']:<13} {metric['value']:.3f} [{metric['low']:.3f}, {metric['high']:.3f}] "
+                f"{title} {metric['name']:<{wide}} {metric['value']:.3f} [{metric['low']:.3f}, {metric['high']:.3f}] "
                 f"{metric['unit']}, n {metric['n']}" + (f"; {beside}" if beside else "")
             )
     return lines

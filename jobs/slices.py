@@ -14,10 +14,13 @@ import pyarrow.parquet as pq
 from cluster.storage import Storage
 from configs.errors import StorageError
 from configs.schema import EvaluateSection
-from jobs.tasks.base import Example, Generate, Row
+from jobs.energy import Energy
+from jobs.tasks.base import Choices, Example, Explain, Generate, Request, Row
 
 FOLDER = "evaluation/slices"
 GREEDY = "greedy"
+# Key of a file's metadata.
+ENERGY = b"telar.energy"
 SCHEMA = pa.schema(
     [
         pa.field("index", pa.int64(), nullable=False),
@@ -45,11 +48,17 @@ class Slice:
     @property
     def cost(self) -> int:
         """A rough measure of the work: characters to read, and many times as much for each token to write."""
-        return sum(
-            len(request.source) + (16 * self.max_new_tokens if isinstance(request, Generate) else len(request.target))
-            for example in self.examples
-            for request in example.requests
-        )
+        return sum(_cost(request, self.max_new_tokens) for example in self.examples for request in example.requests)
+
+
+def _cost(request: Request, max_new_tokens: int) -> int:
+    if isinstance(request, Generate):
+        return len(request.source) + 16 * max_new_tokens
+    if isinstance(request, Choices):
+        return sum(len(request.source) + len(target) for target in request.targets)
+    if isinstance(request, Explain):
+        return 60 * sum(len(request.source) + len(target) for target in request.targets)
+    return len(request.source) + len(request.target)
 
 
 def decoding_of(evaluate: EvaluateSection) -> str:
@@ -92,19 +101,26 @@ def cut(
     return slices
 
 
-def write_rows(folder: Storage, piece: Slice, rows: Sequence[Row]) -> None:
-    """Create the slice's Parquet; one that is there already stays as it is."""
+def write_rows(folder: Storage, piece: Slice, rows: Sequence[Row], energy: Energy | None = None) -> None:
+    """Create the slice's Parquet; one that is there already stays as it is. `energy` is what answering took."""
     table = pa.table(
         {
             "index": [row.index for row in rows],
             "answers": [json.dumps(row.answers) for row in rows],
             "error": [row.error for row in rows],
         },
-        schema=SCHEMA,
+        schema=SCHEMA if energy is None else SCHEMA.with_metadata({ENERGY: json.dumps(asdict(energy))}),
     )
     buffer = io.BytesIO()
     pq.write_table(table, buffer, compression="zstd")
     folder.create(piece.path, buffer.getvalue())
+
+
+def read_energy(folder: Storage, piece: Slice) -> Energy | None:
+    """What answering a finished slice took, or None where nobody noted it; the rows are read by `read_rows`."""
+    schema = pq.read_schema(io.BytesIO(folder.read_bytes(piece.path)))
+    noted = (schema.metadata or {}).get(ENERGY)
+    return Energy(**json.loads(noted)) if noted is not None else None
 
 
 def read_rows(folder: Storage, piece: Slice) -> list[Row] | None:

@@ -16,15 +16,19 @@ from jobs.ngrams import count
 from jobs.tasks.base import TrainingFacts
 
 TARGETS_KEPT = 20_000
+# Tasks with a constant answer among their baselines.
+TASKS_WITH_TARGETS = ("summary", "sentiment", "qa")
 
 
 def training_facts(config: RunConfig, storage: Storage, manifest: Manifest, steps: int) -> TrainingFacts:
-    """Count the target tokens of steps 1 to `steps`, and keep the first 20,000 targets of each summary corpus as text.
+    """Count the target tokens of steps 1 to `steps`, and keep the first 20,000 targets of some corpora as text.
+
+    These are the corpora whose task has baselines made of targets.
 
     A target is kept as often as it was trained on; of one that was cut in pieces only the last piece is.
     """
     tokenizer = read_tokenizer(storage, manifest)
-    kept: dict[str, list[np.ndarray]] = {c.name: [] for c in config.data.corpora if c.task == "summary"}
+    kept: dict[str, list[np.ndarray]] = {c.name: [] for c in config.data.corpora if c.task in TASKS_WITH_TARGETS}
 
     def labels() -> Iterator[np.ndarray]:
         for corpus, sequence in consumed_pairs(manifest, config, plain_opener(storage, manifest), steps):

@@ -55,8 +55,26 @@ TINY = {
     "optimizer": {"warmup_steps": 10},
     "train": {"steps": 6, "global_batch_sequences": 8, "micro_batch_sequences": 2},
     "checkpoint": {"every_steps": 3},
-    "evaluate": {"likelihood_records": 16, "generate_records": 4, "max_new_tokens": 8, "slice_records": 8},
+    "evaluate": {
+        "likelihood_records": 16,
+        "generate_records": 4,
+        "max_new_tokens": 8,
+        "slice_records": 8,
+        "tasks": ["tasks/choose.yaml"],
+    },
     "tracking": {"log_every_steps": 1},
+}
+
+# A task that belongs to no corpus: which name a body belongs to.
+CHOOSE = {
+    "name": "choose",
+    "kind": "jsonl",
+    "path": "rows.jsonl",
+    "request": "choices",
+    "source": "summarize: {code}",
+    "choices": ["load every {noun}", "close every {noun}"],
+    "answer": "0",
+    "metric": "accuracy",
 }
 
 VERBS = ("load", "save", "merge", "split", "count", "parse", "print", "close", "open", "check")
@@ -80,6 +98,13 @@ def project(tmp_path_factory):
     (folder / "code").mkdir()
     write_corpus(folder / "code")
     (folder / "tiny.yaml").write_text(yaml.safe_dump(TINY))
+    (folder / "tasks").mkdir()
+    rows = [{"code": f"def load_{noun}({noun}):", "noun": noun} for noun in NOUNS]
+    (folder / "tasks" / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (folder / "tasks" / "choose.yaml").write_text(yaml.safe_dump(CHOOSE))
+    (folder / "tasks" / "bytes.yaml").write_text(
+        yaml.safe_dump({**CHOOSE, "name": "bytes", "normalise": "byte", "compare_with": "choose"})
+    )
     return folder
 
 
@@ -134,6 +159,7 @@ def test_a_run_leaves_everything_that_the_design_names(project, undisturbed):
         ("calls", "completion"),
         ("notes", "likelihood"),
         ("notes", "summary"),
+        ("choose", "accuracy"),
     }
     assert [record["step"] for record in metrics(project, undisturbed)] == [1, 2, 3, 4, 5, 6]
     assert commit.committed_steps(Storage(str(folder / "checkpoints"))) == [3, 6]
@@ -176,6 +202,18 @@ def test_a_damaged_rank_file_is_named_and_the_commit_before_it_used(project, und
     redone = [record for record in metrics(project, "again") if record["attempt"] > 1]
     assert [record["step"] for record in redone] == [4, 5, 6, 7]
     assert [record["loss"] for record in redone[:3]] == [record["loss"] for record in metrics(project, undisturbed)[3:]]
+
+
+@pytest.mark.slow
+def test_a_finished_run_is_evaluated_on_one_more_task(project, undisturbed):
+    before = json.loads((project / "runs" / undisturbed / "evaluation" / "results.json").read_text())
+    assert before["slices_reused"] == 0
+    telar(project, "evaluate", undisturbed, "--tasks", "tasks/bytes.yaml")
+    after = json.loads((project / "runs" / undisturbed / "evaluation" / "results.json").read_text())
+    assert after["slices_reused"] == before["slices"] == after["slices"] - 1, "only the new task was answered"
+    assert [c for c in after["cells"] if c["corpus"] != "bytes"] == before["cells"]
+    (cell,) = (c for c in after["cells"] if c["corpus"] == "bytes")
+    assert [metric["name"] for metric in cell["metrics"]] == ["accuracy", "drop"]
 
 
 @pytest.mark.slow

@@ -306,7 +306,7 @@ def test_samples_take_turns():
     def fake(corpus, outputs):
         examples = [Example(HeldOut(i, "s", "t", {}), ()) for i in range(len(outputs))]
         rows = [Row(i, (), None if text != "error" else "x") for i, text in enumerate(outputs)]
-        task = SimpleNamespace(name="t", output=lambda row: outputs[row.index])
+        task = SimpleNamespace(name="t", output=lambda example, row: outputs[row.index])
         answered = [(e, r) for e, r in zip(examples, rows, strict=True) if r.error is None]
         return SimpleNamespace(corpus=corpus, task=task, rows=rows, answered=lambda: answered)
 

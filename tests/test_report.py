@@ -12,7 +12,7 @@ from configs.errors import ConfigError
 from jobs.report import write_report
 from jobs.report_data import course, smoothed
 from jobs.report_plots import Mark, Series, line_chart, short, thinned, ticks
-from jobs.report_tables import size, span
+from jobs.report_tables import evaluation_table, size, span
 
 
 def record(step, attempt=1, **changes):
@@ -309,3 +309,12 @@ def test_short_texts():
     assert [short(v) for v in (0, 0.0021, 4.5, 120, 4100, 1.2e6)] == ["0", "0.0021", "4.5", "120", "4.1k", "1.2M"]
     assert [size(v) for v in (12, 2**19, 1.25 * 2**30)] == ["12 B", "512 KiB", "1.25 GiB"]
     assert [span(v) for v in (0.25, 12, 187, 3720)] == ["0.25s", "12s", "3m07s", "1h02m"]
+
+
+def test_a_bias_is_no_better_on_either_side():
+    cell = {**results()["cells"][0], "corpus": "pairs", "status": "ok"}
+    metric = {**cell["metrics"][0], "higher_is_better": None, "label": "first preferred"}
+    for difference in (-0.2, 0.2):
+        page = evaluation_table([{**cell, "metrics": [{**metric, "baselines": [baseline("even", 0.5, difference)]}]}])
+        assert 'class="r bad"' in page and 'class="r good"' not in page
+        assert "neither side is better" in page and "&uarr;" not in page and "&darr;" not in page

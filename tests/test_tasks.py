@@ -260,7 +260,7 @@ def test_completion_beside_pass_and_reference():
     share, ended = task.score(examples, rows, TrainingFacts(count([], 5, BOS)), "c", config())
     assert share.value == 0.5 and ended.value == 0.75
     assert {base.name: base.value for base in share.baselines} == {"always pass": 1.0, "reference": 1.0}
-    assert task.output(rows[0]) == "    return x\n"
+    assert task.output(examples[0], rows[0]) == "    return x\n"
 
 
 def test_a_body_is_joined_as_records_are_cut():

@@ -12,10 +12,11 @@ from cluster.storage import absolute_url
 from configs.errors import ConfigError
 from configs.load import parse_config
 from configs.schema import RunConfig
+from jobs.tasks.definitions import with_definitions
 
 
 def with_absolute_paths(config: RunConfig, file: str, check: bool) -> RunConfig:
-    """`config`, read from `file`, with absolute paths of corpora and tokenizer, and what `model.init_from` says.
+    """`config`, read from `file`, with absolute paths, and what `model.init_from` and `evaluate.tasks` say.
 
     With `check` raises ConfigError when a local one does not exist; the machines of another cluster may have it.
     """
@@ -24,6 +25,10 @@ def with_absolute_paths(config: RunConfig, file: str, check: bool) -> RunConfig:
         from jobs.pretrained import with_pretrained
 
         config = with_pretrained(config, folder)
+    config = with_definitions(config, folder)
+    for task in config.evaluate.definitions if check else ():
+        for column in task.columns if task.kind == "parallel" else [""]:
+            _check(task.path.replace("{column}", column), f"evaluate.definitions.{task.name}.path")
     tree = json.loads(config.model_dump_json())
     for corpus in tree["data"]["corpora"]:
         # A Hub name has a scheme and stays; what an hf corpus holds out is a split, not a path.

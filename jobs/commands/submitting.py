@@ -32,6 +32,7 @@ from jobs.commands.paths import with_absolute_paths
 from jobs.commands.resuming import check_resumable
 from jobs.commands.runs import LEASE_SECONDS, TERMINAL, RunPlace, locate, state_of, storage_for
 from jobs.ledger import STOP_REQUEST
+from jobs.tasks.definitions import with_definitions
 from jobs.trainable import check_trainable
 
 if TYPE_CHECKING:
@@ -157,7 +158,7 @@ def _from_file(request: Request) -> tuple[RunPlace, RunConfig, bool]:
             f"run.name: run {name!r} exists in {storage.url}; choose another name, or continue it with "
             f"`telar submit --resume {name}`"
         )
-    embedded = given_address(request.address, config, request.embedded) is None
+    embedded = _is_embedded(request, config)
     run = config.run.model_copy(update={"name": name, "storage": storage.url})
     config = with_absolute_paths(config.model_copy(update={"run": run}), request.config, check=embedded)
     place = RunPlace(storage, name)
@@ -165,8 +166,10 @@ def _from_file(request: Request) -> tuple[RunPlace, RunConfig, bool]:
         check_resumable(parse_config(_stored(place), f"{place.url}/config.yaml"), config, place)
     elif embedded:
         from data.inputs import check_readable
+        from jobs.commands.task_listing import check_tasks
 
         check_readable(config, CHECKED_INPUT_BYTES)
+        check_tasks(config, CHECKED_INPUT_BYTES)
     return place, config, exists
 
 
@@ -180,8 +183,18 @@ def _resumed(request: Request) -> tuple[RunPlace, RunConfig, bool]:
     tree, origin = _stored(place), f"{place.url}/config.yaml"
     old = parse_config(tree, origin)
     new = parse_config(apply_overrides(tree, request.overrides), origin)
+    # Read again as a whole, since tasks that were named are compared with others only when all are known.
+    new = parse_config(json.loads(with_definitions(new, None).model_dump_json()), origin)
     check_resumable(old, new, place)
+    if new.evaluate.definitions != old.evaluate.definitions and _is_embedded(request, new):
+        from jobs.commands.task_listing import check_tasks
+
+        check_tasks(new, CHECKED_INPUT_BYTES)
     return place, new, True
+
+
+def _is_embedded(request: Request, config: RunConfig) -> bool:
+    return given_address(request.address, config, request.embedded) is None
 
 
 def _stored(place: RunPlace) -> dict[str, Any]:

@@ -5,15 +5,15 @@ A task never sees the model: it states requests, the evaluators answer them, and
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
 
 from configs.schema import EvaluateSection, RunConfig
 from data.held_out import HeldOut
-from jobs.intervals import Interval, ratio_interval
+from jobs.intervals import Interval, ratio_interval, statistic_interval
 from jobs.ngrams import NGrams
 
 
@@ -37,7 +37,31 @@ class LogLikelihood:
     target: str
 
 
-Request = Generate | LogLikelihood
+@dataclass(frozen=True)
+class Choices:
+    """Ask how likely each of several candidate targets is given one source text.
+
+    Answer: {"nll": nats of each whole candidate with eos, "tokens": labels scored of each, "bytes": UTF-8 bytes of the
+    text that they stand for}, lists in the order of `targets`.
+    """
+
+    source: str
+    targets: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Explain:
+    """Ask which tokens of the source the likeliest of several candidates rests on.
+
+    Answer: {"chosen": number of the candidate, "pieces": texts of the source's tokens, "attribution": one number each,
+    "gap": what their sum misses, and the figures of `jobs.attributions.faithfulness`}.
+    """
+
+    source: str
+    targets: tuple[str, ...]
+
+
+Request = Generate | LogLikelihood | Choices | Explain
 
 
 @dataclass(frozen=True)
@@ -72,7 +96,10 @@ class Baseline:
 
 @dataclass(frozen=True)
 class Metric:
-    """One figure of a cell with its 95% interval over `n` records, and baselines on the same records."""
+    """One figure of a cell with its 95% interval over `n` records, and baselines on the same records.
+
+    `higher_is_better` is None for a figure that should be neither above nor below its baseline (a bias).
+    """
 
     name: str
     label: str
@@ -81,7 +108,7 @@ class Metric:
     high: float
     n: int
     unit: str
-    higher_is_better: bool
+    higher_is_better: bool | None
     tokens: int | None = None
     baselines: tuple[Baseline, ...] = ()
 
@@ -101,12 +128,42 @@ class TrainingFacts:
     targets: dict[str, list[str]] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Measure:
+    """A figure that is a ratio of sums over records, before intervals; all arrays are `[records]`.
+
+    `higher_is_better` as in `Metric`.
+    """
+
+    name: str
+    label: str
+    unit: str
+    higher_is_better: bool | None
+    numerators: np.ndarray
+    denominators: np.ndarray
+    baselines: dict[str, np.ndarray] = field(default_factory=dict)
+
+    def of(self, chosen: np.ndarray) -> Measure:
+        """The same over the records whose numbers are `chosen`."""
+        beside = {name: np.asarray(values)[chosen] for name, values in self.baselines.items()}
+        return replace(
+            self,
+            numerators=np.asarray(self.numerators)[chosen],
+            denominators=np.asarray(self.denominators)[chosen],
+            baselines=beside,
+        )
+
+
 class Task(Protocol):
-    """One way to judge a corpus's held-out records."""
+    """One way to judge records: the held-out ones of a corpus, or rows of a task of its own.
+
+    `headline` names the figure that other domains are compared by, None where there is none that is a ratio of sums.
+    """
 
     name: str
     version: int
     signature: str
+    headline: str | None
 
     def limit(self, config: RunConfig) -> int:
         """The most records of one corpus that are judged."""
@@ -119,15 +176,28 @@ class Task(Protocol):
     ) -> list[Metric]:
         """Metrics over answered rows; `examples` and `rows` are aligned, rows with an error are left out before."""
 
-    def output(self, row: Row) -> str | None:
-        """The text that the model wrote for a row, or None where it wrote none."""
+    def measure(self, examples: Sequence[Example], rows: Sequence[Row]) -> Measure:
+        """The headline's values, one per record; asked for only where there is a headline."""
+
+    def output(self, example: Example, row: Row) -> str | None:
+        """The text that the model wrote or chose for an example, or None where it did neither."""
+
+
+class NoHeadline:
+    """What a task has whose figures are no ratios of sums that other domains could be compared by."""
+
+    headline: str | None = None
+
+    def measure(self, examples: Sequence[Example], rows: Sequence[Row]) -> Measure:
+        """Never asked for."""
+        raise NotImplementedError("a task without a headline has no values to compare")
 
 
 def build_metric(
     name: str,
     label: str,
     unit: str,
-    higher_is_better: bool,
+    higher_is_better: bool | None,
     numerators: np.ndarray,
     denominators: np.ndarray,
     baselines: dict[str, np.ndarray],
@@ -153,6 +223,51 @@ def build_metric(
             Baseline(title, *_bounds(theirs), difference.value, difference.low, difference.high),
         )
     return Metric(name, label, *_bounds(own), own.n, unit, higher_is_better, tokens, tuple(entries))
+
+
+def metric_of(measure: Measure, config: RunConfig) -> Metric:
+    """A measure with its intervals."""
+    return build_metric(
+        measure.name,
+        measure.label,
+        measure.unit,
+        measure.higher_is_better,
+        measure.numerators,
+        measure.denominators,
+        measure.baselines,
+        config.evaluate,
+        config.run.seed,
+    )
+
+
+def statistic_metric(
+    name: str,
+    label: str,
+    unit: str,
+    higher_is_better: bool | None,
+    statistics: np.ndarray,
+    figure: Callable[[np.ndarray], float],
+    baselines: dict[str, np.ndarray],
+    evaluate: EvaluateSection,
+    seed: int,
+) -> Metric:
+    """A metric that `figure` makes of column sums over records, with baselines on the same records.
+
+    `statistics` and each baseline are `[records, columns]`, of any number of columns that `figure` takes. All intervals
+    resample the same records, so a difference is paired.
+    """
+    rounds, width = evaluate.bootstrap_rounds, statistics.shape[1]
+
+    def gain(sums: np.ndarray) -> float:
+        return figure(sums[:width]) - figure(sums[width:])
+
+    own = statistic_interval(statistics, figure, rounds, seed)
+    entries = []
+    for title, values in baselines.items():
+        theirs = statistic_interval(values, figure, rounds, seed)
+        difference = statistic_interval(np.hstack([statistics, values]), gain, rounds, seed)
+        entries.append(Baseline(title, *_bounds(theirs), *_bounds(difference)))
+    return Metric(name, label, *_bounds(own), own.n, unit, higher_is_better, None, tuple(entries))
 
 
 def _bounds(interval: Interval) -> tuple[float, float, float]:

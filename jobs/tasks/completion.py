@@ -9,12 +9,12 @@ import numpy as np
 
 from configs.schema import RunConfig
 from data.held_out import HeldOut
-from jobs.tasks.base import Example, Generate, Metric, Row, TrainingFacts, build_metric
+from jobs.tasks.base import Example, Generate, Metric, NoHeadline, Row, TrainingFacts, build_metric
 
 LONGEST_SOURCE = 100_000
 
 
-class Completion:
+class Completion(NoHeadline):
     """Greedy bodies for held-out signatures."""
 
     name = "completion"
@@ -71,7 +71,7 @@ class Completion:
             ),
         ]
 
-    def output(self, row: Row) -> str | None:
+    def output(self, example: Example, row: Row) -> str | None:
         """The greedy body."""
         return row.answers[0]["text"]
 

@@ -10,13 +10,14 @@ import numpy as np
 
 from configs.schema import RunConfig
 from data.held_out import HeldOut
-from jobs.tasks.base import Example, Generate, LogLikelihood, Metric, Row, TrainingFacts, build_metric
+from jobs.tasks.base import Example, Generate, LogLikelihood, Measure, Metric, Row, TrainingFacts, build_metric
 
 
 class Likelihood:
     """Negative log-likelihood and exact match of the next token, every label (eos included) given those before it."""
 
     name = "likelihood"
+    headline = "bits_per_byte"
     version = 2
     signature = "mean over target tokens, eos included; n-grams: Witten-Bell, counted on the training targets"
 
@@ -47,9 +48,21 @@ class Likelihood:
         """Nats per token, bits per byte and the share of next tokens that were the most probable one."""
         return likelihood_metrics(rows, facts, config)
 
-    def output(self, row: Row) -> str | None:
+    def measure(self, examples: Sequence[Example], rows: Sequence[Row]) -> Measure:
+        """Bits per byte of each record."""
+        return bits_measure(rows)
+
+    def output(self, example: Example, row: Row) -> str | None:
         """The greedy output, where one was asked for."""
         return row.answers[1]["text"] if len(row.answers) > 1 else None
+
+
+def bits_measure(rows: Sequence[Row]) -> Measure:
+    """Bits per byte of the texts of rows that begin with an answer to LogLikelihood; pictures count as nothing."""
+    answers = [row.answers[0] for row in rows]
+    text_bytes = np.array([answer["bytes"] for answer in answers], dtype=np.float64)
+    bits = np.array([math.fsum(answer["nll"]) for answer in answers]) / math.log(2) * (text_bytes > 0)
+    return Measure("bits_per_byte", "bits per byte", "bits/byte", False, bits, text_bytes)
 
 
 def likelihood_metrics(

@@ -6,10 +6,24 @@ from configs.schema import CorpusSection
 from jobs.tasks.base import Task
 from jobs.tasks.completion import Completion
 from jobs.tasks.likelihood import Likelihood
+from jobs.tasks.question import QuestionAnswering
+from jobs.tasks.sentiment import Sentiment
 from jobs.tasks.summary import Summary
+from jobs.tasks.text_generation import TextGeneration
 from jobs.tasks.translation import Translation
 
-TASKS: dict[str, Task] = {task.name: task for task in (Likelihood(), Summary(), Completion(), Translation())}
+TASKS: dict[str, Task] = {
+    task.name: task
+    for task in (
+        Likelihood(),
+        Summary(),
+        Completion(),
+        Translation(),
+        Sentiment(),
+        QuestionAnswering(),
+        TextGeneration(),
+    )
+}
 
 
 def tasks_of(corpus: CorpusSection) -> list[Task]:

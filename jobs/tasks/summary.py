@@ -12,7 +12,7 @@ from rouge_score.rouge_scorer import RougeScorer
 
 from configs.schema import RunConfig
 from data.held_out import HeldOut
-from jobs.tasks.base import Example, Generate, LogLikelihood, Metric, Row, TrainingFacts, build_metric
+from jobs.tasks.base import Example, Generate, LogLikelihood, Metric, NoHeadline, Row, TrainingFacts, build_metric
 
 CANDIDATES = 60
 JUDGED_ON = 150
@@ -20,7 +20,7 @@ WORDS = 20
 LONGEST_CONSTANT = 8
 
 
-class Summary:
+class Summary(NoHeadline):
     """Greedy summaries against the docstring's first line, and the reference's likelihood given the wrong source."""
 
     name = "summary"
@@ -94,7 +94,7 @@ class Summary:
             )
         return metrics
 
-    def output(self, row: Row) -> str | None:
+    def output(self, example: Example, row: Row) -> str | None:
         """The greedy summary."""
         return row.answers[0]["text"]
 

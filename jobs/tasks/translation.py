@@ -11,14 +11,14 @@ from sacrebleu.metrics import BLEU
 from configs.schema import RunConfig
 from data.held_out import HeldOut
 from jobs.intervals import Interval, statistic_interval
-from jobs.tasks.base import Baseline, Example, Generate, Metric, Row, TrainingFacts
+from jobs.tasks.base import Baseline, Example, Generate, Metric, NoHeadline, Row, TrainingFacts
 
 SIGNATURE = f"nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:{sacrebleu.__version__}"
 ORDERS = 4
 COLUMNS = 2 * ORDERS + 2
 
 
-class Translation:
+class Translation(NoHeadline):
     """One output per record, by `evaluate.beams`, against the record's target."""
 
     name = "translation"
@@ -55,7 +55,7 @@ class Translation:
             metrics.append(Metric(name, label, *_bounds(found), found.n, "BLEU", True, None, baselines))
         return metrics
 
-    def output(self, row: Row) -> str | None:
+    def output(self, example: Example, row: Row) -> str | None:
         """The translation."""
         return row.answers[0]["text"]
 
