@@ -29,7 +29,7 @@ def causal_segment_mask(segments: Tensor, positions: Tensor) -> Tensor:
 
 
 class MultiHeadAttention(nn.Module):
-    """Equation 1 in `heads` subspaces of width d_model / heads, with separate projections.
+    """Equation 1 in `heads` subspaces of `head_width` (default d_model / heads), with separate projections.
 
     `key_value_heads` heads of keys and values serve equal groups of queries each (Ainslie et al. 2023). `kind` is what
     `attend_self` looks at. With `rotary_base` queries and keys of self-attention are rotated by their positions.
@@ -44,20 +44,22 @@ class MultiHeadAttention(nn.Module):
         kind: AttentionKind | None = None,
         rotary_base: float | None = None,
         dropout: SeededDropout | None = None,
+        head_width: int | None = None,
     ) -> None:
         super().__init__()
         self.heads, self.key_value_heads = heads, key_value_heads or heads
         self.kind = kind or AttentionKind()
         self.rotary_base = rotary_base
         self.dropout = dropout
-        narrow = d_model // heads * self.key_value_heads
-        self.query = nn.Linear(d_model, d_model, bias)
+        width = head_width or d_model // heads
+        wide, narrow = width * heads, width * self.key_value_heads
+        self.query = nn.Linear(d_model, wide, bias)
         self.key = nn.Linear(d_model, narrow, bias)
         self.value = nn.Linear(d_model, narrow, bias)
-        self.output = nn.Linear(d_model, d_model, bias)
+        self.output = nn.Linear(wide, d_model, bias)
 
     def split(self, x: Tensor) -> Tensor:
-        """`[batch, sequence, heads * width]` -> `[batch, heads, sequence, width]`, width = d_model / heads."""
+        """`[batch, sequence, heads * width]` -> `[batch, heads, sequence, width]`."""
         return x.unflatten(-1, (-1, self.query.out_features // self.heads)).transpose(1, 2)
 
     def queries(self, x: Tensor, positions: Tensor | None = None) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from configs.schema import ModelSection
 from model.dropout import SeededDropout
+from model.packed import look_up
 from model.positions import sinusoidal_positions
 
 
@@ -27,7 +28,7 @@ class Embedding(nn.Module):
 
     def embed(self, tokens: Tensor, positions: Tensor, key: Tensor) -> Tensor:
         """`[batch, sequence]` ints -> `[batch, sequence, d_model]`."""
-        hidden = F.embedding(tokens, self.weight)
+        hidden = look_up(tokens, self.weight)
         if self.scale != 1.0:
             hidden = hidden * self.scale
         if self.kind == "sinusoidal":

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from configs.schema import ModelSection
 from model.loss import LossSums, chunked_cross_entropy
+from model.packed import project
 
 
 class Head(nn.Module):
@@ -22,7 +23,7 @@ class Head(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """`[..., d_model]` -> float32 `[..., vocabulary]`."""
-        return F.linear(hidden, self.weight).float()
+        return project(hidden, self.weight).float()
 
     def scores(self, inputs: tuple[Tensor, ...]) -> Tensor:
         """Float32 `[batch, target, vocabulary]` from what the layer before hands on."""

@@ -41,6 +41,7 @@ def make_attention(
         AttentionKind() if across else kind,
         rotary,
         dropout,
+        model.head_width,
     )
 
 
