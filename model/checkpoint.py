@@ -70,6 +70,11 @@ def write_rank(
     return write_snapshot(checkpoints, step, attempt, rank, snapshot(engine), extra)
 
 
+def file_bytes(pieces: Sequence[Fragment]) -> int:
+    """Bytes of the file that `write_snapshot` would write without metadata of its own."""
+    return sum(len(block) for block in _serialized(pieces, {}))
+
+
 def _serialized(pieces: Sequence[Fragment], metadata: dict[str, str]) -> Iterator[bytes | memoryview]:
     """The safetensors format (length, JSON header, raw little-endian tensors), without a second copy in memory."""
     shapes = {piece.name: piece.shape for piece in pieces}

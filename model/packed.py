@@ -14,6 +14,9 @@ from torch import Tensor, nn
 
 # Elements of a matrix that exist as floats at one time.
 CHUNK_ELEMENTS = 2**20
+# Levels of an int8 number on one side of 0; how much finer the second byte of an activation is than the first.
+LEVELS, FINE = 127, 254
+TINY = 1e-30
 # int4: the factors on the scale that takes in a group's largest weight, of which the one with the least error is used.
 SHRINKING = tuple(1.0 - 0.04 * i for i in range(9))
 
@@ -59,7 +62,11 @@ class PackedWeight(nn.Module):
 
 
 class Int8Weight(PackedWeight):
-    """`values` int8 `[out, in]`, `scale` bfloat16 `[out]`: W = values * scale per output channel."""
+    """`values` int8 `[out, in]`, `scale` bfloat16 `[out]`: W = values * scale per output channel.
+
+    Products are of integers, accumulated in int32 (`torch._int_mm`): each row of x is rounded to multiples of 1/32258
+    of its largest element, which two rows of int8 hold. So x is exact to 15 bits, and no matrix is unpacked.
+    """
 
     kind = "int8-weight"
 
@@ -67,26 +74,37 @@ class Int8Weight(PackedWeight):
         """See `PackedWeight`."""
         return self.values[index].float() * self.scale[index].float().unsqueeze(-1)
 
-
-class DynamicInt8Weight(Int8Weight):
-    """As `Int8Weight`; in products the rows of x are rounded to int8 too, each by its own largest element.
-
-    The product is one of integers, accumulated in int32 (`torch._int_mm` of the CPU). Rows that are looked up are as
-    in `Int8Weight`.
-    """
-
-    kind = "int8-dynamic"
-
     def linear(self, x: Tensor) -> Tensor:
         """`x @ W.T`, `[..., in]` -> `[..., out]`."""
         flat = x.flatten(0, -2).float()
         if not len(flat):
             return x.new_zeros(*x.shape[:-1], self.shape[0])
-        step = flat.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny) / 127
-        rounded = (flat / step).round_().to(torch.int8)
-        sums = torch._int_mm(rounded, self.values.t())
-        result = sums.float().mul_(step).mul_(self.scale.float())
-        return result.to(x.dtype).unflatten(0, x.shape[:-1])
+        step, sums = self._integers(flat)
+        return sums.mul_(step).mul_(self.scale.float()).to(x.dtype).unflatten(0, x.shape[:-1])
+
+    def _integers(self, flat: Tensor) -> tuple[Tensor, Tensor]:
+        """Float32 steps `[n, 1]` that the rows of `flat [n, in]` are rounded to, and products in them `[n, out]`."""
+        step = _step(flat)
+        scaled = flat / step
+        coarse = scaled.round()
+        fine = scaled.sub_(coarse).mul_(FINE).round_()
+        sums = torch._int_mm(torch.cat((coarse, fine)).to(torch.int8), self.values.t()).float()
+        return step, sums[: len(flat)].add_(sums[len(flat) :], alpha=1 / FINE)
+
+
+class DynamicInt8Weight(Int8Weight):
+    """As `Int8Weight` with x rounded to int8, each row by its own largest element. Looked-up rows are as there."""
+
+    kind = "int8-dynamic"
+
+    def _integers(self, flat: Tensor) -> tuple[Tensor, Tensor]:
+        step = _step(flat)
+        return step, torch._int_mm((flat / step).round_().to(torch.int8), self.values.t()).float()
+
+
+def _step(flat: Tensor) -> Tensor:
+    """A 127th of each row's largest element, `[n, 1]`, above 0."""
+    return flat.abs().amax(-1, keepdim=True).clamp_(min=TINY).div_(LEVELS)
 
 
 class Int4Weight(PackedWeight):
@@ -123,7 +141,7 @@ def pack(weight: Tensor, kind: str, group: int = 64) -> PackedWeight:
     weight = weight.detach().float()
     if kind == Int4Weight.kind:
         return Int4Weight(*_round_groups(weight, group), weight.shape)
-    scale = _rounded_up(weight.abs().amax(1) / 127)
+    scale = _rounded_up(weight.abs().amax(1) / LEVELS)
     values = (weight / scale.float().unsqueeze(1)).round_().to(torch.int8)
     return KINDS[kind](values, scale, weight.shape)
 
@@ -137,7 +155,7 @@ def stored(kind: str, values: Tensor, scale: Tensor, shape: tuple[int, ...]) -> 
 
 def _rounded_up(scale: Tensor) -> Tensor:
     """The least bfloat16 that is not below, and above 0, so that nothing leaves the range of the integers."""
-    scale = scale.clamp(min=torch.finfo(torch.float32).tiny)
+    scale = scale.clamp(min=TINY)
     near = scale.to(torch.bfloat16)
     up = torch.nextafter(near, torch.full_like(near, torch.inf))
     return torch.where(near.float() < scale, up, near)
