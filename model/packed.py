@@ -164,6 +164,7 @@ def _rounded_up(scale: Tensor) -> Tensor:
 def _round_groups(weight: Tensor, group: int) -> tuple[Tensor, Tensor]:
     padded = F.pad(weight, (0, -weight.shape[1] % group)).unflatten(1, (-1, group))
     largest = padded.gather(-1, padded.abs().argmax(-1, keepdim=True))
+    unit = torch.where(largest == 0, 1.0, largest)
     best = torch.full_like(largest, torch.inf)
     scale, halves = torch.zeros_like(largest), torch.zeros_like(padded)
     for factor in SHRINKING:
@@ -171,7 +172,8 @@ def _round_groups(weight: Tensor, group: int) -> tuple[Tensor, Tensor]:
         tried = (largest * (-factor / 8)).to(torch.bfloat16).float()
         safe = torch.where(tried == 0, 1.0, tried)
         levels = (padded / safe).round_().clamp_(-8, 7)
-        error = (levels * tried - padded).square().sum(-1, keepdim=True)
+        # In units of the largest weight: squares of huge weights would be infinite.
+        error = ((levels * tried - padded) / unit).square().sum(-1, keepdim=True)
         better = error < best
         best, scale = torch.where(better, error, best), torch.where(better, tried, scale)
         halves = torch.where(better, levels, halves)

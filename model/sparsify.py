@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -29,12 +29,12 @@ def wanda_mask(weight: Tensor, input_norms: Tensor, amount: float) -> Tensor:
 def pattern_mask(score: Tensor) -> Tensor:
     """2:4: bool `[out, in]`, True on the two highest of each four neighbours in a row; `in` is a multiple of 4."""
     grouped = score.unflatten(1, (-1, PATTERN_OF))
-    kept = grouped.argsort(-1, descending=True, stable=True)[..., : PATTERN_OF // 2]
+    kept = grouped.argsort(dim=-1, descending=True, stable=True)[..., : PATTERN_OF // 2]
     return torch.zeros_like(grouped, dtype=torch.bool).scatter_(-1, kept, True).flatten(1)
 
 
 def _largest(score: Tensor, amount: float) -> Tensor:
-    removed = score.argsort(1, stable=True)[:, : round(score.shape[1] * amount)]
+    removed = score.argsort(dim=1, stable=True)[:, : round(score.shape[1] * amount)]
     return torch.ones_like(score, dtype=torch.bool).scatter_(1, removed, False)
 
 
@@ -69,11 +69,15 @@ def input_norms(model: Transformer, linears: dict[str, nn.Linear], batches: Sequ
     sums = {name: torch.zeros(linear.in_features, dtype=torch.float64) for name, linear in linears.items()}
     real: dict[str, Tensor] = {}
 
-    def add(name: str):
+    def adding(name: str) -> Callable[..., None]:
         side = "source" if _reads_source(name) else "target"
-        return lambda _module, inputs, _output: sums[name].add_(inputs[0][real[side]].double().square().sum(0))
 
-    hooks = [linear.register_forward_hook(add(name)) for name, linear in linears.items()]
+        def add(_module: nn.Module, inputs: tuple[Tensor, ...], _output: Tensor) -> None:
+            sums[name] += inputs[0][real[side]].double().square().sum(0)
+
+        return add
+
+    hooks = [linear.register_forward_hook(adding(name)) for name, linear in linears.items()]
     training = model.training
     model.eval()
     try:
