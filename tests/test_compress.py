@@ -262,7 +262,7 @@ def test_a_pruned_run_goes_on_training_from_its_moments(tmp_path):
     made = json.loads(run("jobs.cli", "compress", "runs/whole", "--prune", "0.5", "--recover-steps", "4", "--json"))
     storage = Storage(str(tmp_path / "runs"))
     name = "whole-structured-50"
-    assert [row["label"] for row in made["rows"]] == ["before", "structured-50", "structured-50, 4 steps later"]
+    assert [row["label"] for row in made["rows"]] == ["before", "structured-50", "structured-50, 4 more steps"]
     assert commit.committed_steps(storage.child(name, "checkpoints"))[-1] == 10
     steps = [json.loads(line)["step"] for line in storage.read_text(f"{name}/metrics.jsonl").splitlines()]
     assert steps == [7, 8, 9, 10]
