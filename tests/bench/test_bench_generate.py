@@ -16,5 +16,5 @@ def test_both_sides_write_the_same_tokens(name):
     contest = bench.contestants(model, theirs, prompts, new_tokens=5)
     ours, peer = contest["telar"](), contest["transformers"]()
     assert ours == peer and [len(row) for row in ours] == [5, 5]
-    rates = bench.measure({"one": lambda: [], "other": lambda: []}, repeats=3, tokens=10)
+    rates = bench.measure({"one": list, "other": list}, repeats=3, tokens=10)
     assert {len(found) for found in rates.values()} == {3} and min(map(min, rates.values())) > 0
