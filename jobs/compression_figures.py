@@ -35,7 +35,7 @@ class Subject:
 
 
 def figures(storage: Storage, subjects: list[Subject]) -> list[dict[str, Any]]:
-    """One row per subject: label, parameters, disk_bytes, memory_bytes, nll, tokens, nll_of, tokens_per_second.
+    """One row per subject: label, disk_bytes, memory_bytes, nll, tokens, nll_of, tokens_per_second.
 
     `disk_bytes` is what a file of the weights alone takes, without an optimizer's moments. `nll` is in nats per target
     token over the held-out records that evaluation scores (`evaluate.likelihood_records` per corpus); None when there
