@@ -75,15 +75,18 @@ def test_int8_is_off_by_half_a_step_at_most(rows, columns, seed):
 @given(
     rows=st.integers(1, 6), columns=st.integers(1, 200), group=st.sampled_from([32, 64, 128]), seed=st.integers(0, 999)
 )
-def test_int4_is_no_worse_than_rounding_to_the_largest_weight(rows, columns, group, seed):
+def test_int4_is_no_worse_than_with_the_scale_of_the_largest_weight(rows, columns, group, seed):
     weight = matrix(rows, columns, seed)
-    error = (pack(weight, "int4-group", group).dense() - weight).square()
-    for start in range(0, columns, group):
-        part = weight[:, start : start + group]
-        naive = part.abs().amax(1, keepdim=True) / 7
-        of_naive = ((part / naive).round() * naive - part).square().sum(1)
-        # The unshrunk scale is rounded to bfloat16, and no group is worse than its best one.
-        assert (error[:, start : start + group].sum(1) <= of_naive * 1.1 + (0.14 * part.abs().amax(1)) ** 2).all()
+    error = (pack(weight, "int4-group", group).dense().double() - weight.double()).square()
+    for row in range(rows):
+        for start in range(0, columns, group):
+            part = weight[row, start : start + group].tolist()
+            largest = max(part, key=abs)
+            scale = float(torch.tensor(largest / -8).to(torch.bfloat16))
+            of_scale = sum((min(7, max(-8, round(value / scale))) * scale - value) ** 2 for value in part)
+            assert float(error[row, start : start + group].sum()) <= of_scale * (1 + 1e-5) + 1e-12 * largest**2
+            # Half a step, and a whole one for weights beyond +7 steps; steps of an eighth of the largest weight.
+            assert of_scale <= len(part) * (1.05 * largest / 8) ** 2
 
 
 def test_int4_of_normal_weights_has_a_tenth_of_error():
