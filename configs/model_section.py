@@ -32,9 +32,12 @@ class ModelSection(Section):
         "bidirectional with a classifier on pooled outputs (encoder_layers deep)",
     )
     d_model: PositiveInt = Field(512, description="width of the residual stream")
-    heads: PositiveInt = Field(8, description="attention heads; must divide d_model")
+    heads: PositiveInt = Field(8, description="attention heads; must divide d_model unless head_width is set")
     key_value_heads: PositiveInt | None = Field(
         None, description="heads of keys and values, each shared by heads / key_value_heads queries; default: heads"
+    )
+    head_width: PositiveInt | None = Field(
+        None, description="width of a head; default: d_model / heads (pruned models have fewer heads of that width)"
     )
     d_ff: PositiveInt = Field(2048, description="width of the feed-forward layer")
     encoder_layers: PositiveInt = Field(6, description="layers of the encoder")
@@ -71,7 +74,7 @@ class ModelSection(Section):
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> ModelSection:
-        if self.d_model % self.heads:
+        if self.head_width is None and self.d_model % self.heads:
             fits = [h for h in range(1, self.d_model + 1) if self.d_model % h == 0]
             near = min(fits, key=lambda h: (abs(h - self.heads), h))
             raise ValueError(
@@ -89,9 +92,9 @@ class ModelSection(Section):
     def _parts_fit(self) -> ModelSection:
         if self.positions == "sinusoidal" and self.d_model % 2:
             raise ValueError(f"d_model: {self.d_model} is odd; sinusoidal positions need an even width")
-        if self.positions == "rotary" and self.d_model // self.heads % 2:
+        if self.positions == "rotary" and self.width_of_heads % 2:
             raise ValueError(
-                f"heads: {self.heads} heads of d_model = {self.d_model} are {self.d_model // self.heads} wide; rotary "
+                f"heads: {self.heads} heads of d_model = {self.d_model} are {self.width_of_heads} wide; rotary "
                 "positions need an even width per head"
             )
         if self.attention_dropout and self.attention.kind != "full":
@@ -111,3 +114,8 @@ class ModelSection(Section):
     def heads_of_keys(self) -> int:
         """Heads of keys and values."""
         return self.key_value_heads or self.heads
+
+    @property
+    def width_of_heads(self) -> int:
+        """Width of a head."""
+        return self.head_width or self.d_model // self.heads

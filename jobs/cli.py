@@ -442,6 +442,32 @@ def export(
 
 
 @cli.command()
+@click.argument("run")
+@click.option("--quantize", metavar="KIND", help="int8-weight, int8-dynamic (activations too) or int4-group.")
+@click.option("--group", type=int, default=64, show_default=True, help="int4-group: weights that share a scale.")
+@click.option("--prune", type=float, metavar="SHARE", help="Take away this share, e.g. 0.3.")
+@click.option(
+    "--method", default="structured", show_default=True, help="structured (smaller matrices), wanda or magnitude."
+)
+@click.option("--pattern", metavar="2:4", help="wanda, magnitude: two of four neighbours stay.")
+@click.option(
+    "--recover-steps", type=int, default=0, show_default=True, help="structured: train so many steps afterwards."
+)
+@click.option("--step", type=click.IntRange(min=1), help="A committed step; default: the latest.")
+@click.option("--name", help="Name of the new run; default: RUN and what was done.")
+@storage
+@as_json
+def compress(run: str, step: int | None, name: str | None, storage: str | None, as_json: bool, **choice: Any) -> None:
+    """Quantize or prune a run's model into a run of its own, and measure size, loss and speed before and after."""
+    from jobs.commands import compressing, runs
+
+    result = compressing.compress_run(
+        runs.locate(run, storage), choice, step, name, lambda line: click.echo(line, err=True)
+    )
+    _print(as_json, result, "" if as_json else compressing.on(sys.stdout, result))
+
+
+@cli.command()
 @click.option("--cpus", type=click.IntRange(min=1), help="Logical CPUs; may exceed the cores.")
 @click.option("--dashboard-port", type=click.IntRange(1024, 65535), help="First port tried for the dashboard.")
 @as_json

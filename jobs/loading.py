@@ -14,6 +14,8 @@ from configs.schema import RunConfig
 from data.manifest import Manifest, folder_of
 from data.tokenizer import Tokenizer, read_tokenizer
 from model.checkpoint import CheckpointReader, load_parameters
+from model.packed import PackedWeight
+from model.quantize import install, read_packed
 from model.transformer import Transformer, build_model
 
 
@@ -64,11 +66,15 @@ def load_trained(storage: Storage, run: str, config: RunConfig, step: int | None
             f"{manifest.folder} holds {tokenizer.digest}; prepare the data of that run again"
         )
     mean: dict[str, Tensor] = {}
+    packed: dict[str, PackedWeight] = {}
     for each in committed:
         with CheckpointReader(checkpoints, each) as reader:
+            # A compressed run has one checkpoint, so there is no mean of packed matrices.
+            packed = read_packed(reader)
             for name, tensor in load_parameters(reader).items():
                 share = tensor / len(committed)
                 mean[name] = mean[name] + share if name in mean else share
     model = build_model(config.model, manifest.vocabulary_size, config.run.seed)
+    install(model, packed)
     model.load(mean)
     return Trained(model.eval(), tokenizer, manifest, config, tuple(each.step for each in committed))

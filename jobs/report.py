@@ -8,6 +8,7 @@ from html import escape
 from typing import Any
 
 from cluster.storage import Storage
+from jobs.compression_table import HEAD, table_rows
 from jobs.report_data import RunFiles, course, read_run, smoothed
 from jobs.report_plots import Mark, Series, line_chart, short
 from jobs.report_style import STYLE
@@ -29,7 +30,8 @@ def page(files: RunFiles) -> str:
         _header(files, steps),
         _facts(files, steps),
         _notices(files),
-        _curves(steps, restarts),
+        _compression(files.compression),
+        "" if files.compression and not steps else _curves(steps, restarts),
         _evaluation(files.results),
         _samples(files.results),
         _checkpoints(files.checkpoints),
@@ -53,6 +55,8 @@ def _state(files: RunFiles, steps: Sequence[dict[str, Any]]) -> tuple[str, str]:
     if state in ("failed", "stopped"):
         return state, "bad" if state == "failed" else "warn"
     if state in ("finished", "reporting"):
+        if files.compression and not steps:
+            return "compressed", "good"
         if not steps or wanted is None or steps[-1]["step"] < wanted:
             return "incomplete", "warn"
         if files.results is None:
@@ -183,6 +187,15 @@ def _curves(steps: Sequence[dict[str, Any]], restarts: Sequence[dict[str, Any]])
     median = statistics.median(values("step_seconds"))
     note = f"median step {span(median)}" + (f", {len(restarts)} restart{'s' * (len(restarts) > 1)}" if restarts else "")
     return f'<h2>Training <small>{note}</small></h2><section class="charts">{"".join(charts)}</section>'
+
+
+def _compression(record: dict[str, Any]) -> str:
+    if not record.get("rows"):
+        return ""
+    origin = record["source"]
+    title = f"{record['compression']['label']} of step {origin['step']:,} of {origin['run']}"
+    table = plain_table(HEAD, table_rows(record), right=range(1, len(HEAD)))
+    return f'<h2>Compression <small>{escape(title)}</small></h2><div class="card">{table}</div>'
 
 
 def _evaluation(results: dict[str, Any] | None) -> str:

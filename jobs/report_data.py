@@ -24,6 +24,7 @@ class RunFiles:
     manifest: dict[str, Any] = field(default_factory=dict)
     job: dict[str, Any] = field(default_factory=dict)
     checkpoints: list[dict[str, Any]] = field(default_factory=list)
+    compression: dict[str, Any] = field(default_factory=dict)
 
 
 def read_run(storage: Storage, run: str) -> RunFiles:
@@ -45,6 +46,7 @@ def read_run(storage: Storage, run: str) -> RunFiles:
         manifest=_json(folder, "manifest.json"),
         job=_json(folder, "job.json"),
         checkpoints=_checkpoints(folder.child("checkpoints")),
+        compression=_json(folder, "compression.json"),
     )
 
 

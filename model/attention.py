@@ -31,7 +31,7 @@ def causal_segment_mask(segments: Tensor, positions: Tensor) -> Tensor:
 
 
 class MultiHeadAttention(nn.Module):
-    """Equation 1 in `heads` subspaces of width d_model / heads, with separate projections.
+    """Equation 1 in `heads` subspaces of `head_width` (default d_model / heads), with separate projections.
 
     `key_value_heads` heads of keys and values serve equal groups of queries each (Ainslie et al. 2023). `kind` is what
     `attend_self` looks at. With `rotary_base` queries and keys of self-attention are rotated by their positions. Ranks
@@ -48,23 +48,24 @@ class MultiHeadAttention(nn.Module):
         kind: AttentionKind | None = None,
         rotary_base: float | None = None,
         dropout: SeededDropout | None = None,
+        head_width: int | None = None,
         tensor: Axis = ALONE,
     ) -> None:
         super().__init__()
-        self.tensor, self.width = tensor, d_model // heads
-        narrow = self.width * (key_value_heads or heads)
+        self.tensor, self.width = tensor, head_width or d_model // heads
+        wide, narrow = self.width * heads, self.width * (key_value_heads or heads)
         self.heads, self.key_value_heads = heads // tensor.size, (key_value_heads or heads) // tensor.size
         assert tensor.size == 1 or (heads % tensor.size == 0 and (key_value_heads or heads) % tensor.size == 0)
         self.kind = kind or AttentionKind()
         self.rotary_base = rotary_base
         self.dropout = dropout
-        self.query = ColumnParallelLinear(d_model, d_model, bias, tensor)
+        self.query = ColumnParallelLinear(d_model, wide, bias, tensor)
         self.key = ColumnParallelLinear(d_model, narrow, bias, tensor)
         self.value = ColumnParallelLinear(d_model, narrow, bias, tensor)
-        self.output = RowParallelLinear(d_model, d_model, bias, tensor)
+        self.output = RowParallelLinear(wide, d_model, bias, tensor)
 
     def split(self, x: Tensor) -> Tensor:
-        """`[batch, sequence, heads * width]` -> `[batch, heads, sequence, width]`, width = d_model / heads."""
+        """`[batch, sequence, heads * width]` -> `[batch, heads, sequence, width]`."""
         return x.unflatten(-1, (-1, self.width)).transpose(1, 2)
 
     def queries(self, x: Tensor, positions: Tensor | None = None) -> Tensor:

@@ -60,7 +60,7 @@ def _keys(model: ModelSection, tokens: int, causal: bool) -> float:
     """Keys that a query is compared with, on average."""
     attention = model.attention
     if attention.kind == "linear":
-        return float(model.d_model // model.heads)
+        return float(model.width_of_heads)
     if attention.kind == "window":
         return float(min(tokens, (1 if causal else 2) * attention.window_tokens + attention.global_tokens))
     if attention.kind == "blocklog":

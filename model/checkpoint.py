@@ -27,7 +27,13 @@ from model.fragments import WEIGHT, Fragment, owned_fragments
 from model.sliced import Block, Part, block_of, common, pieces, view
 
 BLOCK_BYTES = 4 * 2**20
-DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+DTYPES = {
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+}
 
 
 def snapshot(engine: Engine) -> list[Fragment]:
@@ -62,6 +68,11 @@ def write_rank(
 ) -> RankFile:
     """`snapshot` and `write_snapshot` in one go."""
     return write_snapshot(checkpoints, step, attempt, rank, snapshot(engine), extra)
+
+
+def file_bytes(owned: Sequence[Fragment]) -> int:
+    """Bytes of the file that `write_snapshot` would write without metadata of its own."""
+    return sum(len(block) for block in _serialized(owned, {}))
 
 
 def _serialized(owned: Sequence[Fragment], metadata: dict[str, str]) -> Iterator[bytes | memoryview]:
@@ -144,12 +155,34 @@ class CheckpointReader:
         """Full shape of every parameter."""
         return dict(self._shapes)
 
+    def states(self) -> dict[str, set[str]]:
+        """The states that are stored of every parameter."""
+        found: dict[str, set[str]] = {name: set() for name in self._shapes}
+        for name, state in self._ranges:
+            found[name].add(state)
+        return found
+
+    def stored(self, name: str, state: str) -> Tensor:
+        """A whole flat state in the type that it was written in, for states that one fragment holds.
+
+        Raises CheckpointError when it is absent or in several pieces.
+        """
+        pieces = self._ranges.get((name, state), [])
+        if len(pieces) != 1 or pieces[0].start:
+            raise CheckpointError(f"{self.committed.folder}: {state} of {name!r} is in {len(pieces)} pieces, not one")
+        return self._files[pieces[0].file].get_tensor(pieces[0].key)
+
     def read(self, name: str, state: str, start: int, numel: int, part: Part | None = None) -> Tensor:
         """Elements `start .. start + numel` of a flattened parameter's state, or of its `part`, float32 `[numel]`.
 
         Raises CheckpointError when the checkpoint does not hold all of them.
         """
         if name in self._shapes and (name, state) not in self._ranges:
+            if (name, WEIGHT) not in self._ranges:
+                raise CheckpointError(
+                    f"{self.committed.folder}: {name!r} is quantized, it cannot be trained on; train the run that was "
+                    "compressed"
+                )
             raise CheckpointError(
                 f"{self.committed.folder}: no {state} of {name!r}; it was trained with another optimizer.name: "
                 "set that one, or start a new run"
@@ -231,8 +264,15 @@ def _copy_target(path: Path | None) -> Iterator[Any]:
 
 
 def load_parameters(reader: CheckpointReader) -> dict[str, Tensor]:
-    """Every parameter's master weight by name, float32 in its full shape."""
+    """The master weight by name of every parameter that has one, float32 in its full shape; all but packed ones."""
+    return load_state(reader, WEIGHT)
+
+
+def load_state(reader: CheckpointReader, state: str) -> dict[str, Tensor]:
+    """One state by name of every parameter that has it, float32 in the parameter's full shape."""
+    states = reader.states()
     return {
-        name: reader.read(name, WEIGHT, 0, torch.Size(shape).numel()).reshape(shape)
+        name: reader.read(name, state, 0, torch.Size(shape).numel()).reshape(shape)
         for name, shape in reader.shapes().items()
+        if state in states[name]
     }

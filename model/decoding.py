@@ -63,7 +63,9 @@ class Decoding:
             memories = [layer.cross_attention.keys_values(memory) for layer in self._layers]
         self._caches = []
         for layer, memory_keys_values in zip(self._layers, memories, strict=True):
-            empty = model.embedding.weight.new_zeros(len(sources), 0, model.section.d_model)
+            empty = torch.zeros(
+                len(sources), 0, model.section.d_model, dtype=model.embedding.weight.dtype, device=device
+            )
             own = layer.attention.keys_values(empty, self._positions)
             self._caches.append(DecoderCache(own, memory_keys_values))
         self.length = 0

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from configs.errors import ConfigError
@@ -57,11 +58,32 @@ def export(
         raise ConfigError(
             f"model.attention.kind: {model.attention.kind} has no counterpart in transformers; only full is exported"
         )
+    if model.positions != "rotary":
+        model, parameters = _with_all_heads(model, parameters)
     if model.architecture == "encoder_decoder":
         return _marian(model, parameters, vocabulary_size, tokens, positions)
     if model.positions == "rotary":
         return _llama(model, parameters, vocabulary_size, tokens, positions)
     return _opt(model, parameters, vocabulary_size, tokens, positions)
+
+
+def _with_all_heads(model: ModelSection, parameters: Parameters) -> tuple[ModelSection, Parameters]:
+    """A pruned model with zeros in the place of the heads that it lacks: it computes the same.
+
+    Marian and OPT know no width of heads other than d_model / heads, and no shared heads of keys (which are left as
+    they are here and refused later).
+    """
+    heads, missing = model.d_model // model.width_of_heads, model.d_model - model.heads * model.width_of_heads
+    if model.head_width is None or not missing or model.heads_of_keys != model.heads:
+        return model, parameters
+    whole = dict(parameters)
+    for name, tensor in parameters.items():
+        module, _, kind = name.rpartition(".")
+        if module.endswith(("attention.query", "attention.key", "attention.value")):
+            whole[name] = F.pad(tensor, (0, 0, 0, missing) if kind == "weight" else (0, missing))
+        elif name.endswith("attention.output.weight"):
+            whole[name] = F.pad(tensor, (0, missing))
+    return model.model_copy(update={"heads": heads, "key_value_heads": None, "head_width": None}), whole
 
 
 def _refuse_unless(model: ModelSection, target: str, **needed: Any) -> None:
@@ -238,6 +260,7 @@ def _llama(
         "num_hidden_layers": model.decoder_layers,
         "num_attention_heads": model.heads,
         "num_key_value_heads": model.heads_of_keys,
+        "head_dim": model.width_of_heads,
         "hidden_act": "silu",
         "rms_norm_eps": model.norm_eps,
         "rope_parameters": {"rope_type": "default", "rope_theta": model.rotary_base},

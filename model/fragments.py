@@ -32,7 +32,8 @@ class Fragment:
 
     Where tensor ranks share the parameter, `part` is this rank's slice and `start` counts in the flattened slice.
     `state` is "fp32" (master weight), "exp_avg" or "exp_avg_sq", for Muon's matrices "momentum_buffer" in place of
-    these two; `tensor` is a flat view of live state.
+    these two; `tensor` is a flat view of live state. Of a quantized matrix (model/quantize.py) the states are the kind
+    of its integers ("int8-weight", "int8-dynamic", "int4-group") and "scale", each whole.
     """
 
     name: str

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from configs.schema import ModelSection
 from model.loss import LossSums, chunked_cross_entropy
 from model.mesh import ALONE, Axis
+from model.packed import project
 from model.parallel_linear import copied, gathered
 from model.sliced import mark, slice_of
 
@@ -38,7 +39,7 @@ class Head(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """`[..., d_model]` -> float32 `[..., vocabulary]`."""
-        own = F.linear(copied(hidden, self.tensor), self.weight).float()
+        own = project(copied(hidden, self.tensor), self.weight).float()
         return gathered(own, self.rows, self.tensor)
 
     def scores(self, inputs: tuple[Tensor, ...]) -> Tensor:

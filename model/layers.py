@@ -43,6 +43,7 @@ def make_attention(
         AttentionKind() if across else kind,
         rotary,
         dropout,
+        model.head_width,
         tensor,
     )
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.mesh import ALONE, Axis
+from model.packed import PackedWeight, look_up
 from model.sliced import Slice, mark
 
 
@@ -115,10 +116,13 @@ def vocabulary_matrix(vocabulary_size: int, d_model: int, axis: Axis = ALONE) ->
     return mark(nn.Parameter(torch.empty(rows.stop - rows.start, d_model)), rows)
 
 
-def embedded(tokens: Tensor, weight: Tensor, rows: Slice | None, axis: Axis = ALONE) -> Tensor:
-    """Rows of the whole matrix for int `tokens [...]`; `weight` holds the `rows` of this rank. `[..., d_model]`."""
+def embedded(tokens: Tensor, weight: Tensor | PackedWeight, rows: Slice | None, axis: Axis = ALONE) -> Tensor:
+    """Rows of the whole matrix for int `tokens [...]`; `weight` holds the `rows` of this rank. `[..., d_model]`.
+
+    A packed matrix is whole.
+    """
     if rows is None:
-        return F.embedding(tokens, weight)
+        return look_up(tokens, weight)
     elsewhere = (tokens < rows.start) | (tokens >= rows.stop)
     found = F.embedding((tokens - rows.start).masked_fill(elsewhere, 0), weight)
     return reduced(found.masked_fill(elsewhere.unsqueeze(-1), 0.0), axis)

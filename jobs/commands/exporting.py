@@ -22,16 +22,17 @@ def export_run(place: RunPlace, folder: str, step: int | None = None, average: i
 
     from jobs.loading import load_trained
     from model.export import SpecialTokens, export
+    from model.quantize import dense_parameters
 
     target = Path(folder)
     if target.exists():
         raise ConfigError(f"DIR: {folder} exists; name a folder that does not, nothing is overwritten")
     config = place.config()
     trained = load_trained(place.storage, place.name, config, step, average)
-    tokenizer, data = trained.tokenizer, config.data
+    tokenizer, data, parameters = trained.tokenizer, config.data, dense_parameters(trained.model)
     exported = export(
         config.model,
-        {name: parameter.detach() for name, parameter in trained.model.named_parameters()},
+        parameters,
         trained.manifest.vocabulary_size,
         SpecialTokens(tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id),
         # Positions of the source and of the target alike; a decoder also reads bos.
@@ -56,7 +57,7 @@ def export_run(place: RunPlace, folder: str, step: int | None = None, average: i
         "class": exported.architecture,
         "folder": str(target),
         "steps": list(trained.steps),
-        "parameters": sum(parameter.numel() for parameter in trained.model.parameters()),
+        "parameters": sum(parameter.numel() for parameter in parameters.values()),
     }
 
 

@@ -64,5 +64,5 @@ def keys_seen(model: ModelSection, stack: Stack) -> int:
         blocks = -(-tokens // kind.block_tokens)
         seen = kind.block_tokens * (1 + sides * (blocks - 1).bit_length())
     else:
-        seen = LINEAR_CHUNK_TOKENS + model.d_model // model.heads
+        seen = LINEAR_CHUNK_TOKENS + model.width_of_heads
     return min(tokens, seen)

@@ -137,7 +137,7 @@ def _layer(model: ModelSection, over_source: bool, across: bool) -> tuple[Matrix
 
 
 def _matrices(model: ModelSection, over_source: bool, across: bool) -> Iterator[Matrix]:
-    wide, narrow = model.d_model, model.d_model // model.heads * model.heads_of_keys
+    wide, narrow = model.width_of_heads * model.heads, model.width_of_heads * model.heads_of_keys
     for prefix, of_keys in (("self", over_source), *((("cross", True),) if across else ())):
         yield Matrix(f"{prefix}.query", wide, wide, "column", over_source)
         yield Matrix(f"{prefix}.key", wide, narrow, "column", of_keys)

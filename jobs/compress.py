@@ -1,0 +1,180 @@
+"""Compressing a run: its checkpoint, quantized or pruned, becomes a run of its own beside it, with measured figures.
+
+The new run has config.yaml, manifest.json, status.json, one committed checkpoint and compression.json, and is written
+whole or not at all. A structurally pruned checkpoint keeps the optimizer's moments of what remains when it is to
+recover, so training goes on from it as after any other checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from contextlib import closing, redirect_stdout
+from typing import Any
+
+from cluster.commit import Committed
+from cluster.storage import Storage
+from configs.errors import ConfigError, TelarError
+from configs.schema import ModelSection, RunConfig
+from configs.section import NAME_PATTERN
+from data.loader import Loader
+from data.shard_server import plain_opener
+from jobs.batches import to_model
+from jobs.compressed_run import RECORD, compressed_config, write_compressed
+from jobs.compression import Compression
+from jobs.compression_figures import Subject, figures, measured_how
+from jobs.loading import Trained, choose_checkpoints, load_trained
+from jobs.machine import hardware, versions
+from model.batch import ModelBatch
+from model.checkpoint import CheckpointReader, load_state
+from model.fragments import WEIGHT, Fragment
+from model.prune import choose, cut, importance, pruned_section
+from model.quantize import model_fragments, quantize
+from model.sparsify import PATTERN_OF, sparsify
+from model.transformer import build_model
+
+CALIBRATION_BATCHES = 16
+
+
+class CompressionError(TelarError):
+    """Training after pruning failed."""
+
+
+def compress(
+    storage: Storage,
+    run: str,
+    config: RunConfig,
+    compression: Compression,
+    step: int | None = None,
+    name: str | None = None,
+    report: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Compress the checkpoint of `step` (default: the latest) of `run` into the run `name`; content of its RECORD.
+
+    `name` is by default the run's with the compression's label. Raises ConfigError for what cannot be done, before
+    anything is written, CheckpointError for a damaged checkpoint, CompressionError when the training after it fails.
+    """
+    compression.check()
+    committed = choose_checkpoints(storage, run, step)[-1]
+    name = name or f"{run}-{compression.label}"
+    _check_place(storage, name)
+    _check_source(storage, run, config, compression)
+    before = load_trained(storage, run, config, committed.step)
+    report(f"{storage.url}/{run}: step {committed.step}, {compression.label}")
+    section, pieces = _compressed(storage, run, before, committed, compression)
+    made = compressed_config(config, name, section, committed.step + compression.recover_steps)
+    write_compressed(storage, run, name, made, committed, pieces, compression)
+    subjects = [
+        Subject("before", before),
+        Subject(compression.label, load_trained(storage, name, made, committed.step)),
+    ]
+    if compression.recover_steps:
+        _recover(storage, name, made, report)
+        subjects.append(
+            Subject(f"{compression.label}, {compression.recover_steps} more steps", load_trained(storage, name, made))
+        )
+    record = {
+        "run": name,
+        **json.loads(storage.read_text(f"{name}/{RECORD}")),
+        "rows": figures(storage, subjects),
+        "measured": measured_how(),
+        "versions": versions(),
+        "hardware": hardware(),
+        "finished_unix": time.time(),
+    }
+    storage.write_text(f"{name}/{RECORD}", json.dumps(record, indent=1))
+    return record
+
+
+def _check_place(storage: Storage, name: str) -> None:
+    if not NAME_PATTERN.fullmatch(name) or name == "data":
+        raise ConfigError(f"--name: {name!r} cannot name a run; use letters, digits, '.', '_' and '-', not 'data'")
+    if storage.names(name):
+        raise ConfigError(f"--name: {name!r} exists in {storage.url}; choose another name")
+
+
+def _check_source(storage: Storage, run: str, config: RunConfig, compression: Compression) -> None:
+    if config.model.architecture == "encoder":
+        raise ConfigError(f"{storage.url}/{run}: an encoder classifies; only models that write text are compressed")
+    if compression.pattern and (config.model.d_model % PATTERN_OF or config.model.d_ff % PATTERN_OF):
+        raise ConfigError("--pattern: 2:4 needs model.d_model and model.d_ff that are multiples of 4")
+    try:
+        done = json.loads(storage.read_text(f"{run}/{RECORD}"))["compression"]
+    except FileNotFoundError:
+        return
+    if done["quantize"] is not None or compression.prune is not None:
+        raise ConfigError(
+            f"RUN: {storage.url}/{run} is compressed already ({done['label']}); compress the run it was made of. Only "
+            "quantizing a pruned run is possible"
+        )
+
+
+def _compressed(
+    storage: Storage, run: str, before: Trained, committed: Committed, compression: Compression
+) -> tuple[ModelSection, list[Fragment]]:
+    """The model section and the fragments of the compressed model; `before` stays as it is."""
+    config, manifest = before.config, before.manifest
+    if compression.prune is not None and compression.method == "structured":
+        kept = choose(
+            before.model, importance(before.model, _calibration(storage, before, committed)), compression.prune
+        )
+        section = pruned_section(config.model, kept)
+        if (section.heads, section.d_ff) == (config.model.heads, config.model.d_ff):
+            raise ConfigError(
+                f"--prune: {compression.prune:g} of {config.model.heads} heads and of {config.model.d_ff} feed-forward "
+                "units rounds to none; give a larger share"
+            )
+        pieces = []
+        with CheckpointReader(storage.child(run, "checkpoints"), committed) as reader:
+            states = sorted(set().union(*reader.states().values())) if compression.recover_steps else [WEIGHT]
+            for state in states:
+                for name, tensor in cut(load_state(reader, state), config.model, kept).items():
+                    pieces.append(Fragment(name, state, tuple(tensor.shape), 0, tensor.flatten()))
+        return section, pieces
+    model = build_model(config.model, manifest.vocabulary_size, config.run.seed).eval()
+    model.load(dict(before.model.named_parameters()))
+    if compression.quantize is not None:
+        quantize(model, compression.quantize, compression.group)
+    else:
+        batches = _calibration(storage, before, committed) if compression.method == "wanda" else ()
+        sparsify(model, compression.method, compression.prune, compression.pattern is not None, batches)
+    return config.model, model_fragments(model)
+
+
+def _calibration(storage: Storage, trained: Trained, committed: Committed) -> list[ModelBatch]:
+    """The micro-batches of training data that training would take next, CALIBRATION_BATCHES of them."""
+    data = trained.config.data
+    opener = plain_opener(
+        storage,
+        trained.manifest,
+        cache_bytes=data.cache_bytes,
+        timeout_seconds=data.fetch_timeout_seconds,
+        quarantine_fraction=data.quarantine_fraction,
+    )
+    batches: list[ModelBatch] = []
+    with closing(Loader(trained.manifest, trained.config, opener, 0, 1)) as loader:
+        loader.load_state(committed.manifest["data_state"])
+        while len(batches) < CALIBRATION_BATCHES:
+            for batch in map(to_model, loader.next_step()):
+                # The loader writes its arrays over.
+                inputs = tuple(tensor.clone() for tensor in batch.inputs)
+                batches.append(
+                    ModelBatch(batch.index, inputs, batch.labels.clone(), batch.loss_weight.clone()).trimmed()
+                )
+    return batches[:CALIBRATION_BATCHES]
+
+
+def _recover(storage: Storage, name: str, config: RunConfig, report: Callable[[str], None]) -> None:
+    """Train the pruned run to its last step in plain processes on this machine; lines go to stderr."""
+    from jobs.train_local import train_locally
+
+    report(f"training {storage.url}/{name} to step {config.train.steps}")
+    with redirect_stdout(sys.stderr):
+        code = train_locally(config, storage, name)
+    if code:
+        raise CompressionError(
+            f"{storage.url}/{name}: training after pruning ended early (exit code {code}); "
+            f"`telar submit --resume {name}` goes on from its last checkpoint"
+        )

@@ -1,0 +1,29 @@
+"""The table of a compression: one row per model, each figure beside its ratio to the model before."""
+
+from __future__ import annotations
+
+from typing import Any
+
+HEAD = ("model", "on disk", "in memory", "nats per token", "tokens/s, batch 1", "tokens/s, batch 32")
+
+
+def table_rows(record: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Cells as text of the rows in a run's compression.json, under HEAD."""
+    first = record["rows"][0]
+    return [_row(row, None if row is first else first) for row in record["rows"]]
+
+
+def _row(row: dict[str, Any], before: dict[str, Any] | None) -> tuple[str, ...]:
+    def smaller(name: str) -> str:
+        ratio = f" ({before[name] / row[name]:.2f}x smaller)" if before else ""
+        return f"{row[name] / 2**20:,.2f} MiB{ratio}"
+
+    def faster(batch: str) -> str:
+        rate = row["tokens_per_second"][batch]["median"]
+        ratio = f" ({rate / before['tokens_per_second'][batch]['median']:.2f}x)" if before else ""
+        return f"{rate:,.0f}{ratio}"
+
+    loss = "no records" if row["nll"] is None else f"{row['nll']:.4f}"
+    if before and row["nll"] is not None:
+        loss += f" ({row['nll'] / before['nll'] - 1:+.2%})"
+    return row["label"], smaller("disk_bytes"), smaller("memory_bytes"), loss, faster("1"), faster("32")
