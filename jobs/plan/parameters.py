@@ -137,13 +137,14 @@ def _layer(model: ModelSection, over_source: bool, across: bool) -> tuple[Matrix
 
 
 def _matrices(model: ModelSection, over_source: bool, across: bool) -> Iterator[Matrix]:
-    wide, narrow = model.width_of_heads * model.heads, model.width_of_heads * model.heads_of_keys
+    d_model, width = model.d_model, model.width_of_heads
+    wide, narrow = width * model.heads, width * model.heads_of_keys
     for prefix, of_keys in (("self", over_source), *((("cross", True),) if across else ())):
-        yield Matrix(f"{prefix}.query", wide, wide, "column", over_source)
-        yield Matrix(f"{prefix}.key", wide, narrow, "column", of_keys)
-        yield Matrix(f"{prefix}.value", wide, narrow, "column", of_keys)
-        yield Matrix(f"{prefix}.output", wide, wide, "row", over_source)
-    yield Matrix("feed_forward.inner", wide, model.d_ff, "column", over_source)
+        yield Matrix(f"{prefix}.query", d_model, wide, "column", over_source)
+        yield Matrix(f"{prefix}.key", d_model, narrow, "column", of_keys)
+        yield Matrix(f"{prefix}.value", d_model, narrow, "column", of_keys)
+        yield Matrix(f"{prefix}.output", wide, d_model, "row", over_source)
+    yield Matrix("feed_forward.inner", d_model, model.d_ff, "column", over_source)
     if model.feed_forward == "swiglu":
-        yield Matrix("feed_forward.gate", wide, model.d_ff, "column", over_source)
-    yield Matrix("feed_forward.outer", model.d_ff, wide, "row", over_source)
+        yield Matrix("feed_forward.gate", d_model, model.d_ff, "column", over_source)
+    yield Matrix("feed_forward.outer", model.d_ff, d_model, "row", over_source)
