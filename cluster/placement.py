@@ -36,7 +36,8 @@ def rank_resources(config: RunConfig, totals: dict[str, float]) -> RankResources
     if device == "auto":
         device = "cuda" if totals.get("GPU", 0) >= 1 else "cpu"
     wanted = RankResources(config.cluster.cpus_per_rank, 1 if device == "cuda" else 0)
-    ranks, tensor = config.parallelism.ranks, config.parallelism.tensor
+    tensor = config.parallelism.tensor
+    ranks = config.min_replicas * tensor
     for name, each, field in (("CPU", wanted.cpus, "cpus_per_rank"), ("GPU", wanted.gpus, "device: cuda")):
         have = int(totals.get(name, 0))
         if each and not have:
@@ -70,6 +71,12 @@ def reserve(
             "parallelism.data"
         )
     return groups
+
+
+def nodes_of(group: PlacementGroup) -> list[str]:
+    """The node of each bundle of a group that is reserved."""
+    by_bundle = ray.util.placement_group_table(group)["bundles_to_node_id"]
+    return [by_bundle[bundle] for bundle in sorted(by_bundle)]
 
 
 def release(groups: list[PlacementGroup]) -> None:

@@ -353,7 +353,7 @@ def _why(rules: Rules, state: RunState, replicas: int) -> str:
 
 
 def _used_up(rules: Rules, state: RunState, reason: str) -> str:
-    return f"{reason}; {state.restarts} of {rules.max_restarts} restarts without progress are used up (elastic.max_restarts)"
+    return f"{reason}; {state.restarts} of {rules.max_restarts} restarts (elastic.max_restarts) brought no newer state"
 
 
 def _uncommitted(ended: int, committed: int) -> str:
