@@ -199,6 +199,9 @@ class TrackingSection(Section):
 
     log_every_steps: PositiveInt = Field(10, description="optimizer steps between printed lines; metrics have all")
     gauges: bool = Field(True, description="publish metrics at each node's Ray metrics endpoint")
+    log_samples: bool = Field(
+        False, description="write a digest of every sample of every step to samples/ of the run, to check what was used"
+    )
 
 
 class RunConfig(Section):

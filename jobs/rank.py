@@ -21,10 +21,11 @@ from data.opener import CacheOpener
 from data.quarantine import shards_named
 from data.state import check_state
 from jobs.batches import to_model
-from jobs.loop import Course, LoopEnd, StepRecord, train
+from jobs.loop import Batches, Course, LoopEnd, StepRecord, train
 from jobs.machine import hardware, versions
 from jobs.pretrained import initial_parameters
 from jobs.progress import Progress
+from jobs.sample_log import LoggedBatches
 from model.batch import ModelBatch
 from model.checkpoint import CheckpointReader, snapshot, write_snapshot
 from model.engine import Engine, create_engine
@@ -155,7 +156,7 @@ def run_rank(
     initial = initial_parameters(config.model, manifest.vocabulary_size, config.run.seed) if fresh else None
     engine = create_engine(config, manifest.vocabulary_size, manifest.pad_id, initial)
     reporter = RankReporter(engine, task, manifest, messages, progress)
-    loader = None
+    loader, sampled = None, None
     try:
         step, tokens = 0, 0
         if not fresh:
@@ -184,7 +185,10 @@ def run_rank(
             return learning_rate(config.optimizer, config.model.d_model, at, config.train.steps)
 
         progress.beat("data", step)
-        end = train(engine, TorchBatches(loader, progress), rate, reporter, course, peak_memory_bytes)
+        batches: Batches = TorchBatches(loader, progress)
+        if config.tracking.log_samples and engine.context.counts:
+            batches = sampled = LoggedBatches(batches, storage.child(task.run), task.attempt, task.rank, step)
+        end = train(engine, batches, rate, reporter, course, peak_memory_bytes)
         progress.beat("storage", end.step)
         reporter.close()
         logging.info("attempt %d rank %d ends at step %d", task.attempt, task.rank, end.step)
@@ -195,6 +199,8 @@ def run_rank(
     finally:
         if loader is not None:
             loader.close()
+        if sampled is not None:
+            sampled.close()
         engine.close()
         log.close()
 
