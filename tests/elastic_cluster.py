@@ -38,9 +38,10 @@ class ElasticCluster:
             initialize_head=True,
             head_node_args={**NODE, "num_cpus": 0, "include_dashboard": False, "_system_config": HEALTH},
         )
+        # Before there are other nodes: this process, and the controllers with it, belong to the head.
+        ray.init(address=self._cluster.address, log_to_driver=False, namespace="telar")
         self.nodes = [self._cluster.add_node(**NODE) for _ in range(nodes)]
         self._cluster.wait_for_nodes()
-        ray.init(address=self._cluster.address, log_to_driver=False, namespace="telar")
         self._references = None
 
     def close(self):

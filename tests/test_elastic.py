@@ -85,8 +85,12 @@ def test_three_nodes_become_two_and_three_again(cluster, undisturbed):
     run.wait_for_step(15)
     lost = run.ranks()[0][1]
     cluster.kill_node(lost)
-    run.wait_for_step(22, attempt=2)
+    run.wait_for(lambda: run.events("recovered"), "the recovery")
+    # The run may not end before there is a node again.
+    run.kill(0, signal.SIGSTOP)
     cluster.add_node()
+    run.wait_for(lambda: reasons(run, "commit"), "the decision to grow")
+    run.kill(0, signal.SIGCONT)
     assert run.end() == "finished"
     starts = [event for event in run.events("decision") if event["decision"] == "start"]
     assert [(event["change"], event["replicas"]) for event in starts] == [("first", 3), ("shrink", 2), ("grow", 3)]
