@@ -34,7 +34,8 @@ def check_capacity(config: RunConfig, nodes: Sequence[Node], where: str, embedde
     device = config.cluster.device
     if device == "auto":
         device = "cuda" if any(node.gpus >= 1 for node in nodes) else "cpu"
-    ranks, each, tensor = config.parallelism.ranks, config.cluster.cpus_per_rank, config.parallelism.tensor
+    each, tensor = config.cluster.cpus_per_rank, config.parallelism.tensor
+    ranks = config.min_replicas * config.parallelism.ranks_per_replica
     # Tensor ranks of a stage stand on one node.
     room = sum(_fits(node, each, device) // tensor for node in nodes) * tensor
     replicas = room // config.parallelism.ranks_per_replica

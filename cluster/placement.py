@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
@@ -29,14 +28,6 @@ class RankResources:
         return {"CPU": ranks * self.cpus, **({"GPU": ranks * self.gpus} if self.gpus else {})}
 
 
-class RankSlot(NamedTuple):
-    """Where a rank starts, and its actor's name."""
-
-    group: PlacementGroup
-    bundle: int
-    name: str
-
-
 def rank_resources(config: RunConfig, totals: dict[str, float]) -> RankResources:
     """Resources of one rank; device auto takes a GPU where the cluster has any.
 
@@ -46,7 +37,8 @@ def rank_resources(config: RunConfig, totals: dict[str, float]) -> RankResources
     if device == "auto":
         device = "cuda" if totals.get("GPU", 0) >= 1 else "cpu"
     wanted = RankResources(config.cluster.cpus_per_rank, 1 if device == "cuda" else 0)
-    ranks, each_replica = config.parallelism.ranks, config.parallelism.ranks_per_replica
+    each_replica = config.parallelism.ranks_per_replica
+    ranks = config.min_replicas * each_replica
     for name, each, field in (("CPU", wanted.cpus, "cpus_per_rank"), ("GPU", wanted.gpus, "device: cuda")):
         have = int(totals.get(name, 0))
         if each and not have:
@@ -82,15 +74,10 @@ def reserve(
     return groups
 
 
-def rank_slots(groups: list[PlacementGroup], parallelism: ParallelismSection, label: str) -> list[RankSlot]:
-    """A slot for each rank, in the order of ranks: data slowest, then pipeline, then tensor."""
-    alone = parallelism.ranks_per_replica == 1
-    return [
-        RankSlot(group, stage, f"{label}/dp{replica}" + ("" if alone else f"-pp{stage}-tp{tensor}"))
-        for replica, group in enumerate(groups)
-        for stage in range(parallelism.pipeline)
-        for tensor in range(parallelism.tensor)
-    ]
+def nodes_of(group: PlacementGroup, parallelism: ParallelismSection) -> list[str]:
+    """The node of each rank of a group that is reserved: of each stage's bundle, for each tensor rank in it."""
+    by_bundle = ray.util.placement_group_table(group)["bundles_to_node_id"]
+    return [by_bundle[bundle] for bundle in sorted(by_bundle) for _ in range(parallelism.tensor)]
 
 
 def release(groups: list[PlacementGroup]) -> None:

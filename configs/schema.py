@@ -170,13 +170,30 @@ class CheckpointSection(Section):
 
 
 class ElasticSection(Section):
-    """What happens when a rank dies."""
+    """How many replicas train, and what happens when a rank or a node is lost."""
 
+    min_replicas: PositiveInt | None = Field(
+        None, description="fewest replicas that train when the cluster has no room for more; default: parallelism.data"
+    )
+    max_replicas: PositiveInt | None = Field(
+        None, description="most replicas that train when the cluster has room for them; default: parallelism.data"
+    )
     max_restarts: int = Field(
-        1, ge=0, description="attempts after the first, each from the last commit, before the run fails"
+        1, ge=0, description="restarts in a row without a newer state to start from, before the run fails"
     )
     start_timeout_seconds: PositiveInt = Field(
-        180, description="longest wait for all ranks of an attempt to start, seconds"
+        180, description="longest wait for room for min_replicas, and for all ranks of an attempt to start, seconds"
+    )
+    grow_seconds: float = Field(
+        30.0, ge=0.0, description="how long there must be room for more replicas before the run commits and grows"
+    )
+    hang_seconds: float = Field(
+        60.0,
+        gt=0.0,
+        description="ranks that do nothing for so long, and for 10 times the longest of the latest steps, are replaced",
+    )
+    standbys: int = Field(
+        1, ge=0, description="processes that wait on each node with everything imported; on nodes without GPUs"
     )
 
 
@@ -219,6 +236,9 @@ class TrackingSection(Section):
 
     log_every_steps: PositiveInt = Field(10, description="optimizer steps between printed lines; metrics have all")
     gauges: bool = Field(True, description="publish metrics at each node's Ray metrics endpoint")
+    log_samples: bool = Field(
+        False, description="write a digest of every sample of every step to samples/ of the run, to check what was used"
+    )
 
 
 class RunConfig(Section):
@@ -315,6 +335,26 @@ class RunConfig(Section):
                 )
         return self
 
+    @property
+    def min_replicas(self) -> int:
+        """Fewest replicas that the run trains with."""
+        return self.elastic.min_replicas or self.parallelism.data
+
+    @property
+    def max_replicas(self) -> int:
+        """Most replicas that the run trains with."""
+        return self.elastic.max_replicas or self.parallelism.data
+
+    @model_validator(mode="after")
+    def _replicas_have_an_order(self) -> RunConfig:
+        least, most, usual = self.min_replicas, self.max_replicas, self.parallelism.data
+        if not least <= usual <= most:
+            raise ValueError(
+                f"elastic: min_replicas = {least}, parallelism.data = {usual} and max_replicas = {most} must not "
+                "decrease in this order; lower elastic.min_replicas or raise elastic.max_replicas"
+            )
+        return self
+
     @model_validator(mode="after")
     def _stages_can_be_cut(self) -> RunConfig:
         ranks = self.parallelism
@@ -326,6 +366,11 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _every_replica_has_work(self) -> RunConfig:
         micro_batches = self.train.global_batch_sequences // self.train.micro_batch_sequences
+        if self.max_replicas > max(micro_batches, self.parallelism.data):
+            raise ValueError(
+                f"elastic.max_replicas: {self.max_replicas} replicas share {micro_batches} micro-batches a step; set "
+                f"elastic.max_replicas to {micro_batches}"
+            )
         if self.parallelism.data > micro_batches:
             raise ValueError(
                 f"parallelism.data: {self.parallelism.data} replicas share {micro_batches} micro-batches a step, so "

@@ -15,6 +15,7 @@ from typing import Any
 
 import ray
 import yaml
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster import commit
 from cluster.environment import check_fingerprint
@@ -187,6 +188,8 @@ def create_or_attach(storage_url: str, run: str) -> Any:
                 get_if_exists=True,
                 num_cpus=0,
                 max_concurrency=16,
+                # With the job's entrypoint, which Ray starts on the head: no worker node's loss takes it along.
+                scheduling_strategy=NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True),
             )
             .remote(storage_url, run)
         )

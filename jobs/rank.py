@@ -21,9 +21,11 @@ from data.opener import CacheOpener
 from data.quarantine import shards_named
 from data.state import check_state
 from jobs.batches import to_model
-from jobs.loop import Course, LoopEnd, StepRecord, train
+from jobs.loop import Batches, Course, LoopEnd, StepRecord, train
 from jobs.machine import hardware, versions
 from jobs.pretrained import initial_parameters
+from jobs.progress import Progress
+from jobs.sample_log import LoggedBatches
 from model.batch import ModelBatch
 from model.checkpoint import CheckpointReader, snapshot, write_snapshot
 from model.engine import Engine, create_engine
@@ -61,8 +63,11 @@ class Messages:
 class RankReporter:
     """The loop's reporter: sends steps, writes checkpoint files behind the training thread's back, hears stops."""
 
-    def __init__(self, engine: Engine, task: RankTask, manifest: Manifest, messages: Messages) -> None:
+    def __init__(
+        self, engine: Engine, task: RankTask, manifest: Manifest, messages: Messages, progress: Progress
+    ) -> None:
         self._engine, self._task, self._manifest, self._messages = engine, task, manifest, messages
+        self._progress = progress
         self._stop = threading.Event()
         self._checkpoints = Storage(task.storage_url).child(task.run, "checkpoints")
         # The state of the data after the steps done so far; set before the first step.
@@ -80,14 +85,18 @@ class RankReporter:
 
     def on_step(self, record: StepRecord) -> None:
         """Rank 0 speaks for all: loss, norm and tokens are global already."""
+        self._progress.beat("data", record.step)
         if self._task.rank == 0:
             self._messages.step(record.as_dict())
 
     def checkpoint(self, step: int, tokens: int) -> None:
         """Copy the state now, upload it in the background; waits only if the previous upload is still going on."""
+        self._progress.beat("storage", step)
         self._wait()
+        self._progress.beat("step", step)
         copies = snapshot(self._engine)
         self._writing = self._writer.submit(self._write, copies, step, tokens, self.data_state())
+        self._progress.beat("data", step)
 
     def close(self) -> None:
         """Wait for the last upload and pass on its error, if it had one."""
@@ -131,11 +140,12 @@ def run_rank(
     messages: Messages,
     open_shard: CacheOpener,
     announce: Callable[[RankReporter], None],
+    progress: Progress,
 ) -> LoopEnd:
     """Train one attempt's share on one rank.
 
     Expects RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT in the environment. `announce` receives the
-    reporter before the first step, so that a stop can be passed to it from another thread.
+    reporter before the first step, so that a stop can be passed to it from another thread. `progress` is kept up.
     """
     storage = Storage(task.storage_url)
     config, manifest = task.config, Manifest.read(storage, task.data_folder)
@@ -145,8 +155,8 @@ def run_rank(
     fresh = task.resume_step is None
     initial = initial_parameters(config.model, manifest.vocabulary_size, config.run.seed) if fresh else None
     engine = create_engine(config, manifest.vocabulary_size, manifest.pad_id, initial)
-    reporter = RankReporter(engine, task, manifest, messages)
-    loader = None
+    reporter = RankReporter(engine, task, manifest, messages, progress)
+    loader, sampled = None, None
     try:
         step, tokens = 0, 0
         if not fresh:
@@ -174,7 +184,12 @@ def run_rank(
         def rate(at: int) -> float:
             return learning_rate(config.optimizer, config.model.d_model, at, config.train.steps)
 
-        end = train(engine, TorchBatches(loader), rate, reporter, course, peak_memory_bytes)
+        progress.beat("data", step)
+        batches: Batches = TorchBatches(loader, progress)
+        if config.tracking.log_samples and engine.context.speaks:
+            batches = sampled = LoggedBatches(batches, storage.child(task.run), task.attempt, task.rank, step)
+        end = train(engine, batches, rate, reporter, course, peak_memory_bytes)
+        progress.beat("storage", end.step)
         reporter.close()
         logging.info("attempt %d rank %d ends at step %d", task.attempt, task.rank, end.step)
         return end
@@ -184,6 +199,8 @@ def run_rank(
     finally:
         if loader is not None:
             loader.close()
+        if sampled is not None:
+            sampled.close()
         engine.close()
         log.close()
 
@@ -191,8 +208,8 @@ def run_rank(
 class TorchBatches:
     """The loader's NumPy micro-batches as the engine's tensors, without a copy on CPU."""
 
-    def __init__(self, loader: Loader) -> None:
-        self._loader = loader
+    def __init__(self, loader: Loader, progress: Progress) -> None:
+        self._loader, self._progress = loader, progress
 
     @property
     def data_wait_seconds(self) -> float:
@@ -201,7 +218,9 @@ class TorchBatches:
 
     def next_step(self) -> list[ModelBatch]:
         """Micro-batches of the next optimizer step."""
-        return [to_model(batch) for batch in self._loader.next_step()]
+        batches = [to_model(batch) for batch in self._loader.next_step()]
+        self._progress.beat("step", self._progress.latest.step)
+        return batches
 
 
 def peak_memory_bytes() -> int:

@@ -32,6 +32,7 @@ from data.runners import serial
 from jobs.codebook import ensure_codebook
 from jobs.commands.paths import with_absolute_paths
 from jobs.ledger import Ledger
+from jobs.progress import Progress
 from jobs.rank import Messages, RankReporter, RankTask, run_rank
 from jobs.references import write_references
 from jobs.trainable import check_trainable
@@ -80,7 +81,7 @@ def rank_process(task: RankTask, environment: dict[str, str], outbox: Any) -> No
         timeout_seconds=data.fetch_timeout_seconds,
         quarantine_fraction=data.quarantine_fraction,
     )
-    run_rank(task, QueueMessages(outbox), opener, announce)
+    run_rank(task, QueueMessages(outbox), opener, announce, Progress())
     outbox.close()
     outbox.join_thread()
     # All is written; torch's threads may abort the interpreter while it is torn down (seen as exit status -6).

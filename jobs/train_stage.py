@@ -1,26 +1,39 @@
-"""The train stage on a Ray cluster: attempts of a worker group, each from the last commit, until done or given up."""
+"""The train stage on a Ray cluster: carries out what `jobs.recovery` decides, and writes it down with its reasons."""
 
 from __future__ import annotations
 
-from collections import Counter
+import threading
+import time
+from collections import Counter, deque
+from dataclasses import asdict
 from typing import Any
 
 import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster import commit
-from cluster.placement import RankResources, RankSlot, rank_resources, rank_slots, release, reserve
+from cluster.nodes import living_nodes
+from cluster.placement import rank_resources
 from cluster.storage import Storage
-from configs.errors import RunStopped, TelarError
+from configs.errors import CapacityError, RunStopped, TelarError
 from configs.schema import RunConfig
 from data.manifest import Manifest
 from data.opener import cache_advice
-from data.shard_server import start_servers, stop_servers
+from data.shard_server import Servers, start_servers, stop_servers
+from jobs import recovery
+from jobs.attempt import Attempt
+from jobs.crew import Crew, NotReady
 from jobs.ledger import Ledger
-from jobs.loop import LoopEnd
 from jobs.rank import RankTask
-from jobs.worker import TrainWorker
 from model.operators import prepare_operators
+
+POLL_SECONDS = 0.2
+ANSWER_SECONDS = 10.0
+SURVEY_SECONDS = 1.0
+# What the survey counted as free is reserved at once, unless someone else was faster.
+RESERVE_SECONDS = 10.0
+# Importing everything for a standby takes CPU time from the ranks: not while they get going, not for a short run.
+STANDBY_AFTER_SECONDS = 15.0
 
 
 class AttemptFailed(TelarError):
@@ -35,148 +48,254 @@ class TrainStage:
     ) -> None:
         self._config, self._storage, self._run, self._manifest = config, storage, run, manifest
         self._ledger, self._controller = ledger, controller
-        self._workers: list[Any] = []
-        self._stopping = False
-        self._start_step = 0
+        self._stopping = threading.Event()
+        self._rules = recovery.Rules(
+            last_step=config.train.steps,
+            min_replicas=config.min_replicas,
+            max_replicas=config.max_replicas,
+            max_restarts=config.elastic.max_restarts,
+            wait_seconds=config.elastic.start_timeout_seconds,
+            grow_seconds=config.elastic.grow_seconds,
+        )
+        self._operators: dict[str, str] = {}
+        self._servers: Servers | None = None
+        self._attempt: Attempt | None = None
+        self._living: set[str] = set()
+        self._surveyed_at = -SURVEY_SECONDS
+        self._heard_step: tuple[int, int] = (0, 0)
+        self._heard_at = self._training_since = 0.0
+        # When the last failure was noticed and what it cost, until a step is done again.
+        self._trouble: dict[str, Any] | None = None
+        self._error: TelarError | None = None
+        # Damaged commits that were passed over and said.
+        self._told: set[str] = set()
 
     def is_done(self) -> bool:
         """Whether the last step of the run is committed."""
         latest, _ = commit.latest(self._ledger.checkpoints)
         return latest is not None and latest.step >= self._config.train.steps
 
-    def run(self) -> None:
-        """Train to the last step; raises RunStopped after a requested stop, AttemptFailed when restarts are used up."""
-        resources = rank_resources(self._config, ray.cluster_resources())
-        operators = self._build_operators(resources)
-        restarts = 0
-        while True:
-            try:
-                end = self._attempt(resources, operators)
-                self._check_committed(end)
-            except commit.DamagedCheckpoint as error:
-                # Damage that shows only when the files are read: fall back to the commit before.
-                commit.withdraw(self._ledger.checkpoints, self._start_step)
-                self._ledger.event("checkpoint_damaged", step=self._start_step, detail=str(error))
-                self._ledger.say(f"{error}\nfalling back to the commit before step {self._start_step}")
-                continue
-            except (AttemptFailed, ray.exceptions.RayError) as error:
-                self._ledger.event("attempt_failed", attempt=self._ledger.status["attempt"], detail=str(error))
-                if self._stopping or restarts >= self._config.elastic.max_restarts:
-                    raise AttemptFailed(str(error)) from error
-                restarts += 1
-                self._ledger.say(f"{error}\nrestart {restarts} of {self._config.elastic.max_restarts}")
-                continue
-            if end.stopped:
-                raise RunStopped(f"stopped on request after step {end.step}; its state is committed")
-            return
-
-    def _check_committed(self, end: LoopEnd) -> None:
-        latest, _ = commit.latest(self._ledger.checkpoints)
-        if latest is None or latest.step < end.step:
-            found = f"the latest commit is step {latest.step}" if latest else "nothing is committed"
-            raise AttemptFailed(f"training reached step {end.step}, but {found}; events.jsonl says why")
-
     def stop(self) -> None:
         """Ask all ranks to commit and leave."""
-        self._stopping = True
-        for worker in self._workers:
-            worker.request_stop.remote()
+        self._stopping.set()
 
-    def _build_operators(self, resources: RankResources) -> str:
-        """Build DeepSpeed's JIT operators once on each node, before any worker starts."""
-        environment = {} if resources.gpus else {"DS_ACCELERATOR": "cpu"}
+    def run(self) -> None:
+        """Train to the last step.
+
+        Raises RunStopped after a requested stop, AttemptFailed when restarts are used up, CapacityError when there is
+        no room, and what a rank raised that it would raise again.
+        """
+        resources = rank_resources(self._config, ray.cluster_resources())
+        self._crew = Crew(self._config, resources, self._operator_mode)
+        self._on_gpus = bool(resources.gpus)
+        state = recovery.begin(time.monotonic(), self._committed())
+        try:
+            while not state.over:
+                events = deque(self._events(state))
+                while events:
+                    state, decisions = recovery.decide(self._rules, state, events.popleft())
+                    for decision in decisions:
+                        events.extend(self._carry_out(decision, state))
+        finally:
+            self._crew.close()
+            stop_servers(self._servers)
+
+    def _events(self, state: recovery.RunState) -> list[recovery.Event]:
+        at, found = time.monotonic(), []
+        if self._stopping.is_set() and state.stop_reason is None:
+            found.append(recovery.StopRequested(at, "stopped on request"))
+        if self._attempt is None:
+            self._living = living_nodes()
+            found.append(recovery.Survey(at, self._crew.room(self._living), self._committed()))
+            if self._crew.room(self._living) < self._rules.min_replicas:
+                self._stopping.wait(POLL_SECONDS)
+            return found
+        if at - self._surveyed_at >= SURVEY_SECONDS:
+            self._surveyed_at, self._living = at, living_nodes()
+            found.append(recovery.Survey(at, self._crew.room(self._living)))
+            if self._training_since and at - self._training_since > STANDBY_AFTER_SECONDS:
+                self._crew.stand_by(f"{self._run}/attempt-{self._attempt.number}")
+        found += self._attempt.poll(self._living, POLL_SECONDS)
+        status = self._ledger.status
+        heard = (status["attempt"], status["step"])
+        if heard != self._heard_step and heard[0] == self._attempt.number and heard[1] > state.from_step:
+            found.insert(0, recovery.Stepped(at, self._attempt.serial, heard[1]))
+            self._on_step(heard)
+        return found
+
+    def _on_step(self, heard: tuple[int, int]) -> None:
+        at, (attempt, step) = time.monotonic(), heard
+        if attempt != self._heard_step[0]:
+            self._training_since = at
+        else:
+            self._attempt.step_took((at - self._heard_at) / (step - self._heard_step[1]))
+        self._heard_step, self._heard_at = heard, at
+        if self._trouble is not None:
+            noticed, facts = self._trouble.pop("noticed"), self._trouble
+            self._ledger.event("recovered", attempt=attempt, recovered_seconds=round(at - noticed, 3), **facts)
+            self._trouble = None
+
+    def _carry_out(self, decision: recovery.Decision, state: recovery.RunState) -> list[recovery.Event]:
+        """Do it; returns what came of it at once."""
+        name = type(decision).__name__.lower()
+        self._ledger.event("decision", decision=name, **self._facts(decision))
+        if isinstance(decision, recovery.Start):
+            return self._start(decision)
+        if isinstance(decision, recovery.Commit):
+            self._ledger.say(decision.reason)
+            if self._attempt is not None:
+                self._attempt.ask_to_leave()
+        elif isinstance(decision, recovery.Clear):
+            return self._clear(decision, state.failure)
+        elif isinstance(decision, recovery.Discard):
+            # Damage that shows only when the files are read: fall back to the commit before.
+            commit.withdraw(self._ledger.checkpoints, decision.step)
+            self._ledger.event("checkpoint_damaged", step=decision.step, detail=decision.reason)
+            self._ledger.say(f"{decision.reason}\nfalling back to the commit before step {decision.step}")
+        elif isinstance(decision, recovery.Stop):
+            raise RunStopped(f"stopped on request after step {decision.step}; its state is committed")
+        elif isinstance(decision, recovery.Fail):
+            raise self._failure(decision)
+        return []
+
+    def _facts(self, decision: recovery.Decision) -> dict[str, Any]:
+        """What events.jsonl holds of a decision; attempts have the numbers of the run there."""
+        facts = asdict(decision)
+        facts.pop("attempt", None)
+        if self._attempt is not None:
+            facts["attempt"] = self._attempt.number
+        return facts
+
+    def _failure(self, decision: recovery.Fail) -> TelarError:
+        if decision.cause == "fatal" and self._error is not None:
+            return self._error
+        if decision.cause == "room":
+            return CapacityError(
+                f"elastic.start_timeout_seconds: {decision.reason} (free now: {ray.available_resources()}); stop other "
+                "work on the cluster, add nodes, or lower parallelism.data or elastic.min_replicas"
+            )
+        return AttemptFailed(decision.reason)
+
+    def _committed(self) -> int:
+        latest, damaged = commit.latest(self._ledger.checkpoints)
+        for message in damaged:
+            if message not in self._told:
+                self._told.add(message)
+                self._ledger.event("checkpoint_damaged", detail=message)
+                self._ledger.say(message)
+        return latest.step if latest is not None else 0
+
+    def _operator_mode(self) -> str:
+        return next(iter(self._operators.values()))
+
+    def _build_operators(self) -> None:
+        """Build DeepSpeed's JIT operators once on each node, before any worker starts there."""
+        environment = {} if self._on_gpus else {"DS_ACCELERATOR": "cpu"}
         build = ray.remote(num_cpus=0, max_retries=0, runtime_env={"env_vars": environment})(prepare_operators)
-        nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
+        nodes = sorted(self._living - self._operators.keys())
         strategies = [NodeAffinitySchedulingStrategy(node, soft=False) for node in nodes]
         outcomes = ray.get([build.options(scheduling_strategy=strategy).remote() for strategy in strategies])
         for message in dict.fromkeys(outcome.message for outcome in outcomes):
             self._ledger.say(message)
-        return outcomes[0].mode
+        self._operators |= {node: outcome.mode for node, outcome in zip(nodes, outcomes, strict=True)}
 
-    def _attempt(self, resources: RankResources, operators: str) -> LoopEnd:
-        config, world_size = self._config, self._config.parallelism.ranks
-        attempt = self._ledger.begin_attempt()
-        latest, damaged = commit.latest(self._ledger.checkpoints)
-        for message in damaged:
-            self._ledger.event("checkpoint_damaged", detail=message)
-            self._ledger.say(message)
-        advice = cache_advice(self._storage, self._manifest, config.data)
+    def _start(self, decision: recovery.Start) -> list[recovery.Event]:
+        """Get the ranks of an attempt going; returns a failure if that does not work."""
+        number, config = self._ledger.begin_attempt(), self._config
+        label, world_size = f"{self._run}/attempt-{number}", decision.replicas * config.parallelism.ranks_per_replica
+        self._ledger.event(
+            "attempt_started", attempt=number, world_size=world_size, from_step=decision.step, reason=decision.reason
+        )
+        self._ledger.update(
+            attempt=number,
+            world_size=world_size,
+            state="training",
+            step=decision.step,
+            last_commit_step=decision.step or None,
+        )
+        if decision.change != "first":
+            self._ledger.say(f"{decision.reason}: {decision.replicas} replicas go on from step {decision.step}")
+        advice = cache_advice(self._storage, self._manifest, config.data) if decision.change == "first" else None
         if advice is not None:
             self._ledger.say(advice)
-        label = f"{self._run}/attempt-{attempt}"
-        start = self._start_step = latest.step if latest else 0
-        self._ledger.event("attempt_started", attempt=attempt, world_size=world_size, from_step=start)
-        self._ledger.update(
-            attempt=attempt, world_size=world_size, state="training", step=start, last_commit_step=start or None
-        )
-        timeout = config.elastic.start_timeout_seconds
-        groups = reserve(resources, config.parallelism.data, config.parallelism, label, timeout)
-        servers = None
         try:
-            servers = start_servers(config, self._storage, self._manifest, label)
-            slots = rank_slots(groups, config.parallelism, label)
-            self._workers = [self._spawn(resources, slot) for slot in slots]
-            places = self._wait([worker.prepare.remote(operators) for worker in self._workers], timeout)
-            master = (places[0]["address"], places[0]["port"])
-            seen: Counter[str] = Counter()
-            running = []
-            for rank, (worker, place) in enumerate(zip(self._workers, places, strict=True)):
-                task = RankTask(
-                    config=config,
-                    storage_url=self._storage.url,
-                    run=self._run,
-                    data_folder=self._manifest.folder,
-                    attempt=attempt,
-                    rank=rank,
-                    world_size=world_size,
-                    resume_step=latest.step if latest else None,
-                )
-                local_rank = 0 if resources.gpus else seen[place["node"]]
-                seen[place["node"]] += 1
-                running.append(worker.train.remote(task, master, local_rank, self._controller, servers))
-            pids = [place["pid"] for place in places]
-            self._ledger.event("ranks_started", attempt=attempt, pids=pids, nodes=[place["node"] for place in places])
-            self._ledger.say(f"attempt {attempt}: {world_size} ranks train from step {start}")
-            if self._stopping:
-                self.stop()
-            return self._wait(running, None)[0]
-        finally:
-            for worker in self._workers:
-                ray.kill(worker)
-            self._workers = []
-            stop_servers(servers)
-            release(groups)
+            self._build_operators()
+            self._crew.assemble(decision.replicas, self._living, label, RESERVE_SECONDS)
+            self._serve_shards(label)
+            self._crew.wait_until_ready(config.elastic.start_timeout_seconds)
+            self._attempt = self._launch(decision, number, world_size)
+        except CapacityError as error:
+            return [recovery.Failed(time.monotonic(), decision.attempt, str(error), "room")]
+        except (NotReady, ray.exceptions.RayError) as error:
+            return [recovery.Failed(time.monotonic(), decision.attempt, str(error))]
+        self._ledger.say(f"attempt {number}: {world_size} ranks train from step {decision.step}")
+        return []
 
-    def _spawn(self, resources: RankResources, slot: RankSlot) -> Any:
-        threads = str(self._config.train.threads_per_rank)
-        environment = {"OMP_NUM_THREADS": threads}
-        if not resources.gpus:
-            environment["DS_ACCELERATOR"] = "cpu"
-        return TrainWorker.options(
-            name=slot.name,
-            namespace="telar",
-            num_cpus=resources.cpus,
-            num_gpus=resources.gpus,
-            scheduling_strategy=PlacementGroupSchedulingStrategy(slot.group, placement_group_bundle_index=slot.bundle),
-            runtime_env={"env_vars": {"OMP_NUM_THREADS": threads}},
-        ).remote(environment)
+    def _serve_shards(self, label: str) -> None:
+        """Shard servers on all nodes that hold a rank; those that run already are kept."""
+        if self._servers is not None:
+            for node in set(self._servers.by_node) - self._living:
+                ray.kill(self._servers.by_node.pop(node))
+            if self._crew.nodes <= set(self._servers.by_node):
+                return
+            stop_servers(self._servers)
+            self._servers = None
+        self._servers = start_servers(self._config, self._storage, self._manifest, label)
 
-    def _wait(self, references: list[Any], timeout_seconds: float | None) -> list[Any]:
-        """Results of all ranks; the first rank that fails ends the wait, and its traceback leads the error."""
-        waiting = list(references)
-        while waiting:
-            done, waiting = ray.wait(waiting, num_returns=1, timeout=timeout_seconds)
-            if not done:
-                raise AttemptFailed(
-                    f"rank {references.index(waiting[0])} did not start within {timeout_seconds} s "
-                    "(elastic.start_timeout_seconds)"
-                )
-            try:
-                ray.get(done[0])
-            except ray.exceptions.RayError as error:
-                cause = getattr(error, "cause", None)
-                if isinstance(cause, TelarError):
-                    raise cause from error
-                rank = references.index(done[0])
-                raise AttemptFailed(f"rank {rank} failed first: {error}") from error
-        return ray.get(references)
+    def _launch(self, decision: recovery.Start, number: int, world_size: int) -> Attempt:
+        processes = self._crew.processes
+        first = processes[0]
+        master = (first.place.address, ray.get(first.actor.free_port.remote(), timeout=ANSWER_SECONDS))
+        seen: Counter[str] = Counter()
+        calls = []
+        for rank, process in enumerate(processes):
+            task = RankTask(
+                config=self._config,
+                storage_url=self._storage.url,
+                run=self._run,
+                data_folder=self._manifest.folder,
+                attempt=number,
+                rank=rank,
+                world_size=world_size,
+                resume_step=decision.step or None,
+            )
+            local_rank = 0 if self._on_gpus else seen[process.node]
+            seen[process.node] += 1
+            calls.append(process.actor.train.remote(task, master, local_rank, self._controller, self._servers))
+        places = [process.place for process in processes]
+        self._ledger.event(
+            "ranks_started",
+            attempt=number,
+            pids=[place.pid for place in places],
+            nodes=[place.node for place in places],
+        )
+        return Attempt(self._config, decision.attempt, number, processes, calls)
+
+    def _clear(self, decision: recovery.Clear, failure: recovery.Failed | None) -> list[recovery.Event]:
+        """Nothing of the attempt may train on; processes that left by themselves stay for the next one."""
+        attempt, started = self._attempt, time.monotonic()
+        self._attempt, self._training_since = None, 0.0
+        self._living = living_nodes()
+        if failure is not None:
+            self._note(failure, attempt)
+        if attempt is None:
+            self._crew.dismiss(self._crew.manned)
+        else:
+            self._error = attempt.fatal
+            leaving = attempt.remains(self._living)
+            # Processes are used again only where they have shown that they can train.
+            self._crew.dismiss(leaving if attempt.trained and not self._on_gpus else self._crew.manned)
+        self._ledger.event("cleared", seconds=round(time.monotonic() - started, 3))
+        return [recovery.Cleared(time.monotonic(), decision.attempt)]
+
+    def _note(self, failure: recovery.Failed, attempt: Attempt | None) -> None:
+        """Write down what failed, and where a hung attempt stands, before it is ended."""
+        step = self._ledger.status["step"]
+        if attempt is not None:
+            for rank, text in attempt.stacks(self._living).items():
+                self._ledger.event("stack", attempt=attempt.number, rank=rank, text=text)
+        if failure.kind != "damaged":
+            self._ledger.event("attempt_failed", attempt=self._ledger.status["attempt"], detail=failure.reason)
+            self._ledger.say(failure.reason)
+        detected = round(failure.at - self._heard_at, 3) if self._heard_at else None
+        self._trouble = {"noticed": failure.at, "detected_seconds": detected, "failed_at_step": step}

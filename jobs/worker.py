@@ -1,12 +1,15 @@
-"""The training actor: one rank in a process of its own on a node of the Ray cluster."""
+"""The training actor: a process on a node of the Ray cluster that is a rank of one attempt after another."""
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import socket
+import tempfile
 import threading
-from typing import Any
+from typing import Any, NamedTuple
 
+import psutil
 import ray
 
 from cluster import commit
@@ -14,6 +17,7 @@ from cluster.environment import check_fingerprint
 from cluster.network import GLOO_VARIABLE, interface_of
 from data.shard_server import shard_opener
 from jobs.loop import LoopEnd
+from jobs.progress import Beat, Progress
 from jobs.rank import Messages, RankReporter, RankTask, run_rank
 from model.engine import preload
 from model.operators import operator_environment
@@ -38,28 +42,44 @@ class ControllerMessages(Messages):
         self._controller.record_problem.remote(text)
 
 
-@ray.remote(max_restarts=0, max_concurrency=4)
+class Place(NamedTuple):
+    """Where a training process is. `created` (unix seconds) tells it from a later one of the same pid."""
+
+    node: str
+    address: str
+    pid: int
+    created: float
+
+
+@ray.remote(max_restarts=0, max_concurrency=2, concurrency_groups={"control": 2})
 class TrainWorker:
-    """One rank. `prepare` imports everything; `train` runs an attempt; `request_stop` may come at any time."""
+    """One process. `prepare` imports everything; each `train` is a rank of an attempt; the rest answers meanwhile."""
 
     def __init__(self, environment: dict[str, str]) -> None:
         check_fingerprint()
         os.environ.update(environment)
+        self._lock = threading.Lock()
+        self._progress = Progress()
         self._reporter: RankReporter | None = None
-        self._stopping = threading.Event()
+        # Attempts up to this number were asked to commit and leave.
+        self._stopped_attempt = 0
+        self._attempt = 0
 
-    def prepare(self, operators: str) -> dict[str, Any]:
-        """Import torch and DeepSpeed; tell the node and a free port for the process group."""
+    def prepare(self, operators: str) -> Place:
+        """Import torch and DeepSpeed, so that an attempt starts at once."""
         os.environ.update(operator_environment(operators))
         preload()
-        address = ray.util.get_node_ip_address()
+        address, process = ray.util.get_node_ip_address(), psutil.Process()
         interface = interface_of(address)
         if interface is not None:
             os.environ.setdefault(GLOO_VARIABLE, interface)
+        return Place(ray.get_runtime_context().get_node_id(), address, process.pid, process.create_time())
+
+    def free_port(self) -> int:
+        """A port that is free here, for an attempt's process group."""
         with socket.socket() as probe:
-            probe.bind((address, 0))
-            port = probe.getsockname()[1]
-        return {"node": ray.get_runtime_context().get_node_id(), "address": address, "port": port, "pid": os.getpid()}
+            probe.bind((ray.util.get_node_ip_address(), 0))
+            return probe.getsockname()[1]
 
     def train(self, task: RankTask, master: tuple[str, int], local_rank: int, controller: Any, servers: Any) -> LoopEnd:
         """Run the attempt to its end on this rank."""
@@ -70,15 +90,34 @@ class TrainWorker:
             MASTER_ADDR=master[0],
             MASTER_PORT=str(master[1]),
         )
-        return run_rank(task, ControllerMessages(controller), shard_opener(servers), self._announce)
+        with self._lock:
+            self._reporter, self._progress, self._attempt = None, Progress(), task.attempt
+        opener = shard_opener(servers)
+        return run_rank(task, ControllerMessages(controller), opener, self._announce, self._progress)
 
     def _announce(self, reporter: RankReporter) -> None:
-        self._reporter = reporter
-        if self._stopping.is_set():
-            reporter.request_stop()
+        with self._lock:
+            self._reporter = reporter
+            if self._stopped_attempt >= self._attempt:
+                reporter.request_stop()
 
-    def request_stop(self) -> None:
-        """Commit and leave after the step in progress."""
-        self._stopping.set()
-        if self._reporter is not None:
-            self._reporter.request_stop()
+    @ray.method(concurrency_group="control")
+    def request_stop(self, attempt: int) -> None:
+        """Commit and leave after the step in progress; an attempt that has not begun leaves after its first."""
+        with self._lock:
+            self._stopped_attempt = max(self._stopped_attempt, attempt)
+            if self._reporter is not None and self._attempt <= attempt:
+                self._reporter.request_stop()
+
+    @ray.method(concurrency_group="control")
+    def beat(self) -> Beat:
+        """The training thread's latest sign of life."""
+        return self._progress.latest
+
+    @ray.method(concurrency_group="control")
+    def stacks(self) -> str:
+        """Where all threads of this process are."""
+        with tempfile.TemporaryFile() as file:
+            faulthandler.dump_traceback(file=file, all_threads=True)
+            file.seek(0)
+            return file.read().decode()

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.placement import RankResources, rank_slots
+from cluster.placement import RankResources
 from configs.errors import ConfigError
 from configs.schema import ModelSection, ParallelismSection
 from model.balance import balanced, layer_costs, stage_names
@@ -81,16 +81,9 @@ def test_what_cannot_be_cut_is_refused_with_the_fix(changes, message):
 
 @settings(deadline=None, max_examples=50)
 @given(data=st.integers(1, 3), pipeline=st.integers(1, 4), tensor=st.integers(1, 4))
-def test_slots_are_the_places_of_the_mesh(data, pipeline, tensor):
-    """A replica's ranks are in one group, a stage's tensor ranks in one bundle, named by where they are."""
+def test_stages_are_the_ranks_with_the_same_layers(data, pipeline, tensor):
     section, mesh = ParallelismSection(data=data, pipeline=pipeline, tensor=tensor), Mesh(data, pipeline, tensor)
-    slots = rank_slots(list(range(data)), section, "r/attempt-1")
-    assert len(slots) == section.ranks == mesh.size
-    for rank, slot in enumerate(slots):
-        at = mesh.place(rank)
-        assert (slot.group, slot.bundle) == (at.data, at.pipeline)
-        axes = f"dp{at.data}-pp{at.pipeline}-tp{at.tensor}" if pipeline * tensor > 1 else f"dp{at.data}"
-        assert slot.name == f"r/attempt-1/{axes}"
+    assert section.ranks == mesh.size == data * section.ranks_per_replica
     assert RankResources(2, 1).bundle(tensor) == {"CPU": 2 * tensor, "GPU": tensor}
     assert [rank for stage in mesh.stages() for rank in sorted(stage)] == sorted(
         range(mesh.size), key=lambda rank: (mesh.place(rank).pipeline, rank)

@@ -223,7 +223,8 @@ def _refuse_running(jobs: Jobs, place: RunPlace, patience_seconds: float) -> Non
 
 def check_embedded_capacity(config: RunConfig) -> None:
     """Raise ConfigError when an embedded cluster of `cluster.local_cpus` could not hold the ranks."""
-    ranks, each, have = config.parallelism.ranks, config.cluster.cpus_per_rank, config.cluster.local_cpus
+    each, have = config.cluster.cpus_per_rank, config.cluster.local_cpus
+    ranks = config.min_replicas * config.parallelism.ranks_per_replica
     if config.cluster.device == "cpu" and ranks * each > have:
         raise ConfigError(
             f"cluster.local_cpus: {ranks} ranks x {each} CPUs need {ranks * each} logical CPUs, the embedded cluster "

@@ -1,0 +1,54 @@
+"""Which nodes of the cluster live right now, and how many replicas fit into what is free on them."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Collection, Mapping
+
+import ray
+import ray._private.state
+
+from cluster.placement import RankResources
+from configs.schema import ParallelismSection
+
+# A machine that is gone does not refuse, it stays silent.
+PROBE_SECONDS = 1.0
+
+
+def living_nodes() -> set[str]:
+    """Ids of the nodes whose raylet accepts connections.
+
+    Ray lists a lost node as alive until its health check has failed some times; a raylet that was killed refuses
+    connections at once. One that hangs still accepts them: for that, Ray's list decides.
+    """
+    return {node["NodeID"] for node in ray.nodes() if node["Alive"] and _answers(node)}
+
+
+def _answers(node: Mapping[str, object]) -> bool:
+    try:
+        with socket.create_connection((node["NodeManagerAddress"], node["NodeManagerPort"]), timeout=PROBE_SECONDS):
+            return True
+    except OSError:
+        return False
+
+
+def free_resources() -> dict[str, dict[str, float]]:
+    """What nobody has reserved, by node id; a snapshot that lags some tenths of a second behind."""
+    return ray._private.state.available_resources_per_node()
+
+
+def replicas_that_fit(
+    resources: RankResources,
+    parallelism: ParallelismSection,
+    free: Mapping[str, Mapping[str, float]],
+    nodes: Collection[str],
+) -> int:
+    """Replicas that find room on these nodes, the tensor ranks of each of their stages on one of them."""
+    stages = sum(_ranks(resources, free[node]) // parallelism.tensor for node in nodes if node in free)
+    return stages // parallelism.pipeline
+
+
+def _ranks(resources: RankResources, free: Mapping[str, float]) -> int:
+    # Ray counts in ten-thousandths, so 2 CPUs minus 1 can be a hair below 1.
+    bundle = resources.bundle()
+    return min(int(free.get(name, 0.0) / each + 1e-4) for name, each in bundle.items())

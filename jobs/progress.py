@@ -1,0 +1,73 @@
+"""A rank's signs of life, and how long a rank may go without one before it counts as hung."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import NamedTuple
+
+# A step may take so many times as long as the longest of the last ones.
+PATIENCE = 10.0
+STEPS_REMEMBERED = 50
+
+
+class Beat(NamedTuple):
+    """The latest sign of life: how many there were, what the rank does since (starting, data, step, storage)."""
+
+    count: int
+    doing: str
+    step: int
+
+
+class Progress:
+    """Kept by the training thread, read from another one: a beat is one assignment."""
+
+    def __init__(self) -> None:
+        self.latest = Beat(0, "starting", 0)
+
+    def beat(self, doing: str, step: int) -> None:
+        """Something was finished; `doing` names what comes now."""
+        self.latest = Beat(self.latest.count + 1, doing, step)
+
+
+class HangWatch:
+    """Finds the ranks of one attempt that do nothing. Times are in seconds of the caller's clock.
+
+    Ranks wait for each other in every step, so one that hangs stops all; those are named that are behind.
+    """
+
+    def __init__(self, ranks: int, floor_seconds: float, first_seconds: float, storage_seconds: float) -> None:
+        """`first_seconds` is allowed until the first step is done, `storage_seconds` more while a rank waits for data
+        or an upload."""
+        self._beats: list[Beat | None] = [None] * ranks
+        self._changed = [0.0] * ranks
+        self._floor, self._first, self._storage = floor_seconds, first_seconds, storage_seconds
+        self._seconds: deque[float] = deque(maxlen=STEPS_REMEMBERED)
+
+    def step_took(self, seconds: float) -> None:
+        """A step of the attempt is done."""
+        self._seconds.append(seconds)
+
+    def heard(self, rank: int, beat: Beat, at: float) -> None:
+        """A rank said what its latest sign of life is; an old one again is none."""
+        if beat != self._beats[rank]:
+            self._beats[rank], self._changed[rank] = beat, at
+
+    @property
+    def all_train(self) -> bool:
+        """Whether every rank has left its start behind."""
+        return all(beat is not None and beat.doing != "starting" for beat in self._beats)
+
+    def deadline_seconds(self) -> float:
+        """How long no rank may give a sign of life."""
+        if not self._seconds:
+            return max(self._floor, self._first)
+        seconds = max(self._floor, PATIENCE * max(self._seconds))
+        waits = any(beat is not None and beat.doing in ("data", "storage") for beat in self._beats)
+        return seconds + (self._storage if waits else 0.0)
+
+    def hung(self, at: float) -> list[int]:
+        """Ranks that are furthest behind, when some rank has been silent for longer than the deadline; else none."""
+        if not self.all_train or at - min(self._changed) <= self.deadline_seconds():
+            return []
+        fewest = min(beat.count for beat in self._beats)
+        return [rank for rank, beat in enumerate(self._beats) if beat.count == fewest]
