@@ -1,1 +1,1 @@
-"""Bodies of the verbs of the command line; `jobs.cli` imports each when it runs."""
+"""Bodies of the verbs of the command line; `jobs.verbs` imports each when it runs."""

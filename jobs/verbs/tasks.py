@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
-from typing import Any
-
 import click
 
-as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+from jobs.verbs.options import as_json, print_result
 
 
 @click.group(invoke_without_command=True)
@@ -20,7 +17,7 @@ def tasks(context: click.Context, as_json: bool) -> None:
     from jobs.commands.task_listing import listing, listing_text
 
     found = listing()
-    _print(as_json, found, listing_text(found))
+    print_result(as_json, found, listing_text(found))
 
 
 @tasks.command()
@@ -32,8 +29,4 @@ def validate(task: str, datasets: str | None, as_json: bool) -> None:
     from jobs.commands.task_listing import validate, validated_text
 
     found = validate(task, datasets)
-    _print(as_json, found, validated_text(found))
-
-
-def _print(as_json: bool, result: dict[str, Any], text: str) -> None:
-    click.echo(json.dumps(result, indent=1) if as_json else text)
+    print_result(as_json, found, validated_text(found))
