@@ -50,7 +50,7 @@ def write_snapshot(
     name = rank_file_name(rank)
     digest, size = xxhash.xxh3_128(), 0
     with checkpoints.open(f"{attempt_folder(step, attempt)}/{name}", "wb") as file:
-        for block in _serialized(owned, {"step": str(step), **(extra or {})}):
+        for block in serialized(owned, {"step": str(step), **(extra or {})}):
             file.write(block)
             digest.update(block)
             size += len(block)
@@ -64,7 +64,7 @@ def write_rank(
     return write_snapshot(checkpoints, step, attempt, rank, snapshot(engine), extra)
 
 
-def _serialized(owned: Sequence[Fragment], metadata: dict[str, str]) -> Iterator[bytes | memoryview]:
+def serialized(owned: Sequence[Fragment], metadata: dict[str, str]) -> Iterator[bytes | memoryview]:
     """The safetensors format (length, JSON header, raw little-endian tensors), without a second copy in memory."""
     shapes = {piece.name: piece.shape for piece in owned}
     parts = {piece.name: piece.part for piece in owned if piece.part is not None}
