@@ -101,15 +101,20 @@ class Attempt:
 
     def remains(self, living: Collection[str]) -> list[Process]:
         """Wait for the ranks to leave; returns those that must be killed. The others can train again."""
-        ended = [self._outside(end, rank) for rank in self._hung if self._processes[rank].node in living]
-        if ended:
-            ray.wait(ended, num_returns=len(ended), timeout=KILL_SECONDS)
         here = [rank for rank, process in enumerate(self._processes) if process.node in living]
+        self._end([rank for rank in here if rank in self._hung])
         deadline = time.monotonic() + LEAVE_SECONDS
         while self._unfinished(here) and self._collect(deadline - time.monotonic()):
             pass
+        self._end([rank for rank in self._unfinished(here) if rank not in self._hung])
         left = [rank for rank in here if rank not in self._hung and self._left(rank)]
         return [process for rank, process in enumerate(self._processes) if rank not in left]
+
+    def _end(self, ranks: Sequence[int]) -> None:
+        """Kill processes from outside: Ray's kill asks the process itself, and one that is stopped does not hear."""
+        ended = [self._outside(end, rank) for rank in ranks]
+        if ended:
+            ray.wait(ended, num_returns=len(ended), timeout=KILL_SECONDS)
 
     def _left(self, rank: int) -> bool:
         error = self._errors.get(rank)

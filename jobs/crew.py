@@ -41,7 +41,9 @@ class Process:
 @dataclass(eq=False)
 class _Replica:
     group: PlacementGroup
+    # Of each rank, in the order of ranks; a bundle holds so many of them.
     nodes: list[str]
+    ranks_per_bundle: int
     processes: list[Process | None] = field(default_factory=list)
 
 
@@ -94,7 +96,9 @@ class Crew:
             groups = reserve(self._resources, missing, self._ranks_per_replica, label, timeout_seconds)
             for group in groups:
                 nodes = nodes_of(group)
-                self._replicas.append(_Replica(group, nodes, [None] * len(nodes)))
+                each = self._ranks_per_replica // len(nodes)
+                by_rank = [node for node in nodes for _ in range(each)]
+                self._replicas.append(_Replica(group, by_rank, each, [None] * len(by_rank)))
         for replica in self._replicas:
             for number, process in enumerate(replica.processes):
                 if process is None or not _answers(process):
@@ -151,7 +155,7 @@ class Crew:
             process = self._spare[node].pop(0)
             if _answers(process):
                 return process
-        return self._spawn(node, replica.group, number, label)
+        return self._spawn(node, replica.group, number // replica.ranks_per_bundle, label)
 
     def _spawn(self, node: str, group: PlacementGroup | None, bundle: int, label: str) -> Process:
         environment = {"OMP_NUM_THREADS": str(self._config.train.threads_per_rank)}

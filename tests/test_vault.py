@@ -54,7 +54,7 @@ def test_whatever_node_is_lost_at_most_one_step_is_redone(world, moments, lost, 
     shelves = [Shelf() for _ in range(4)]
     for attempt, size in ((1, world), (2, resized)):
         start = max((held.step for shelf in shelves for held in shelf.parts()), default=0)
-        begun = {rank: start for rank in range(size)}
+        begun = dict.fromkeys(range(size), start)
         for shelf in shelves:
             shelf.begin(attempt)
         for rank in moments:
