@@ -9,6 +9,7 @@ from typing import Any
 import ray
 
 from cluster import commit
+from cluster.nodes import living_nodes
 from configs.errors import TelarError
 from configs.schema import RunConfig
 from jobs.crew import Process
@@ -21,7 +22,7 @@ BEAT_SECONDS = 0.5
 # After the first error, how long others may take to fail too, so that the loss that caused it is named.
 AFTERMATH_SECONDS = 0.5
 # How long ranks whose peers are gone may take to notice, before they are killed.
-LEAVE_SECONDS = 1.5
+LEAVE_SECONDS = 3.0
 STACK_SECONDS = 10.0
 KILL_SECONDS = 10.0
 
@@ -158,6 +159,7 @@ class Attempt:
             deadline = time.monotonic() + AFTERMATH_SECONDS
             while self._collect(deadline - time.monotonic()):
                 pass
+            lost = self.nodes - living_nodes()
         for rank, error in self._errors.items():
             cause = getattr(error, "cause", None)
             if isinstance(cause, commit.DamagedCheckpoint):
@@ -174,7 +176,8 @@ class Attempt:
         if dead:
             return Failed(at, self.serial, f"lost {self._named(dead)}")
         rank, error = next(iter(self._errors.items()))
-        return Failed(at, self.serial, f"rank {rank} failed first: {error}")
+        cause = getattr(error, "cause", None) or error
+        return Failed(at, self.serial, f"rank {rank} failed first: {type(cause).__name__}: {cause}")
 
     def _outside(self, function: Any, rank: int) -> ray.ObjectRef:
         place = self._processes[rank].place
