@@ -23,7 +23,9 @@ BEAT_SECONDS = 0.5
 AFTERMATH_SECONDS = 0.5
 # How long ranks whose peers are gone may take to notice, before they are killed.
 LEAVE_SECONDS = 3.0
-STACK_SECONDS = 10.0
+STACK_SECONDS = 3.0
+# A process must be started for it, which looks at the one that does not answer.
+LOOK_SECONDS = 15.0
 KILL_SECONDS = 10.0
 
 
@@ -89,15 +91,23 @@ class Attempt:
         """Where every rank is, when the attempt hangs; empty otherwise. Ranks that do not answer are looked at."""
         if not self._hung:
             return {}
-        asked = {p.actor.stacks.remote(): rank for rank, p in enumerate(self._processes) if rank not in self._hung}
-        asked |= {self._outside(look, rank): rank for rank in self._hung if self._processes[rank].node in living}
-        found = {f"rank {rank}": "no answer" for rank in range(len(self._processes))}
-        answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=STACK_SECONDS)
-        for reference in answered:
-            try:
-                found[f"rank {asked[reference]}"] = ray.get(reference)
-            except ray.exceptions.RayError as error:
-                found[f"rank {asked[reference]}"] = str(error)
+        found = self._answers({rank: p.actor.stacks.remote() for rank, p in enumerate(self._processes)}, STACK_SECONDS)
+        silent = [rank for rank, p in enumerate(self._processes) if rank not in found and p.node in living]
+        found |= self._answers({rank: self._outside(look, rank) for rank in silent}, LOOK_SECONDS)
+        return {f"rank {rank}": found.get(rank, "no answer") for rank in range(len(self._processes))}
+
+    def _answers(self, asked: dict[int, ray.ObjectRef]) -> dict[int, str]:
+        """Texts by rank, as far as they come in time."""
+        answered, _ = (
+            ray.wait(list(asked.values()), num_returns=len(asked), timeout=STACK_SECONDS) if asked else ([], [])
+        )
+        found = {}
+        for rank, reference in asked.items():
+            if reference in answered:
+                try:
+                    found[rank] = ray.get(reference)
+                except ray.exceptions.RayError as error:
+                    found[rank] = str(error)
         return found
 
     def remains(self, living: Collection[str]) -> list[Process]:

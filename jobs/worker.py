@@ -70,6 +70,7 @@ class TrainWorker:
         # Attempts up to this number were asked to commit and leave.
         self._stopped_attempt = 0
         self._attempt = 0
+        self._port: socket.socket | None = None
 
     def prepare(self, operators: str) -> Place:
         """Import torch and DeepSpeed, so that an attempt starts at once."""
@@ -80,10 +81,17 @@ class TrainWorker:
         return Place(node, ray.util.get_node_ip_address(), process.pid, process.create_time())
 
     def free_port(self) -> int:
-        """A port that is free here, for an attempt's process group."""
-        with socket.socket() as probe:
-            probe.bind((ray.util.get_node_ip_address(), 0))
-            return probe.getsockname()[1]
+        """A port that is free here, for an attempt's process group.
+
+        The socket stays bound until then, so that nothing else is given the port: its listener may share it, since
+        both allow the reuse of addresses and this one does not listen.
+        """
+        if self._port is not None:
+            self._port.close()
+        self._port = socket.socket()
+        self._port.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self._port.bind((ray.util.get_node_ip_address(), 0))
+        return self._port.getsockname()[1]
 
     def train(
         self, task: RankTask, master: tuple[str, int], local_rank: int, controller: Any, servers: Any, vault: Any
