@@ -316,5 +316,5 @@ class TrainStage:
         if failure.kind != "damaged":
             self._ledger.event("attempt_failed", attempt=self._ledger.status["attempt"], detail=failure.reason)
             self._ledger.say(failure.reason)
-        detected = round(failure.at - self._heard_at, 3) if self._heard_at else None
+        detected = round(max(0.0, failure.at - self._heard_at), 3) if self._heard_at else None
         self._trouble = {"noticed": failure.at, "detected_seconds": detected, "failed_at_step": step}
