@@ -96,11 +96,11 @@ class Attempt:
         found |= self._answers({rank: self._outside(look, rank) for rank in silent}, LOOK_SECONDS)
         return {f"rank {rank}": found.get(rank, "no answer") for rank in range(len(self._processes))}
 
-    def _answers(self, asked: dict[int, ray.ObjectRef]) -> dict[int, str]:
+    def _answers(self, asked: dict[int, ray.ObjectRef], timeout_seconds: float) -> dict[int, str]:
         """Texts by rank, as far as they come in time."""
-        answered, _ = (
-            ray.wait(list(asked.values()), num_returns=len(asked), timeout=STACK_SECONDS) if asked else ([], [])
-        )
+        if not asked:
+            return {}
+        answered, _ = ray.wait(list(asked.values()), num_returns=len(asked), timeout=timeout_seconds)
         found = {}
         for rank, reference in asked.items():
             if reference in answered:
