@@ -11,24 +11,26 @@ import ray._private.state
 from cluster.placement import RankResources
 from configs.schema import ParallelismSection
 
-# A machine that is gone does not refuse, it stays silent.
 PROBE_SECONDS = 1.0
 
 
 def living_nodes() -> set[str]:
-    """Ids of the nodes whose raylet accepts connections.
+    """Ids of the nodes that Ray lists as alive and whose raylet does not refuse connections.
 
-    Ray lists a lost node as alive until its health check has failed some times; a raylet that was killed refuses
-    connections at once. One that hangs still accepts them: for that, Ray's list decides.
+    Ray lists a lost node as alive until its health check has failed some times; the machine of a raylet that was killed
+    refuses connections to it at once. For a machine that is gone, and a raylet that hangs, Ray's list decides.
     """
-    return {node["NodeID"] for node in ray.nodes() if node["Alive"] and _answers(node)}
+    return {node["NodeID"] for node in ray.nodes() if node["Alive"] and not _refuses(node)}
 
 
-def _answers(node: Mapping[str, object]) -> bool:
+def _refuses(node: Mapping[str, object]) -> bool:
     try:
         with socket.create_connection((node["NodeManagerAddress"], node["NodeManagerPort"]), timeout=PROBE_SECONDS):
-            return True
+            return False
+    except ConnectionRefusedError:
+        return True
     except OSError:
+        # Slow or out of reach: that may pass, and Ray finds out.
         return False
 
 

@@ -192,6 +192,12 @@ class ElasticSection(Section):
         gt=0.0,
         description="ranks that do nothing for so long, and for 10 times the longest of the latest steps, are replaced",
     )
+    snapshot_every: int = Field(
+        0,
+        ge=0,
+        description="steps between snapshots that two nodes keep in memory, from which a run goes on after a loss; "
+        "0: none, it goes on from the last commit",
+    )
     standbys: int = Field(
         1, ge=0, description="processes that wait on each node with everything imported; on nodes without GPUs"
     )

@@ -9,6 +9,7 @@ from typing import Any
 import ray
 
 from cluster import commit
+from cluster.nodes import living_nodes
 from configs.errors import TelarError
 from configs.schema import RunConfig
 from jobs.crew import Process
@@ -21,8 +22,10 @@ BEAT_SECONDS = 0.5
 # After the first error, how long others may take to fail too, so that the loss that caused it is named.
 AFTERMATH_SECONDS = 0.5
 # How long ranks whose peers are gone may take to notice, before they are killed.
-LEAVE_SECONDS = 1.5
-STACK_SECONDS = 10.0
+LEAVE_SECONDS = 3.0
+STACK_SECONDS = 3.0
+# A process must be started for it, which looks at the one that does not answer.
+LOOK_SECONDS = 15.0
 KILL_SECONDS = 10.0
 
 
@@ -88,28 +91,41 @@ class Attempt:
         """Where every rank is, when the attempt hangs; empty otherwise. Ranks that do not answer are looked at."""
         if not self._hung:
             return {}
-        asked = {p.actor.stacks.remote(): rank for rank, p in enumerate(self._processes) if rank not in self._hung}
-        asked |= {self._outside(look, rank): rank for rank in self._hung if self._processes[rank].node in living}
-        found = {f"rank {rank}": "no answer" for rank in range(len(self._processes))}
-        answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=STACK_SECONDS)
-        for reference in answered:
-            try:
-                found[f"rank {asked[reference]}"] = ray.get(reference)
-            except ray.exceptions.RayError as error:
-                found[f"rank {asked[reference]}"] = str(error)
+        found = self._answers({rank: p.actor.stacks.remote() for rank, p in enumerate(self._processes)}, STACK_SECONDS)
+        silent = [rank for rank, p in enumerate(self._processes) if rank not in found and p.node in living]
+        found |= self._answers({rank: self._outside(look, rank) for rank in silent}, LOOK_SECONDS)
+        return {f"rank {rank}": found.get(rank, "no answer") for rank in range(len(self._processes))}
+
+    def _answers(self, asked: dict[int, ray.ObjectRef], timeout_seconds: float) -> dict[int, str]:
+        """Texts by rank, as far as they come in time."""
+        if not asked:
+            return {}
+        answered, _ = ray.wait(list(asked.values()), num_returns=len(asked), timeout=timeout_seconds)
+        found = {}
+        for rank, reference in asked.items():
+            if reference in answered:
+                try:
+                    found[rank] = ray.get(reference)
+                except ray.exceptions.RayError as error:
+                    found[rank] = str(error)
         return found
 
     def remains(self, living: Collection[str]) -> list[Process]:
         """Wait for the ranks to leave; returns those that must be killed. The others can train again."""
-        ended = [self._outside(end, rank) for rank in self._hung if self._processes[rank].node in living]
-        if ended:
-            ray.wait(ended, num_returns=len(ended), timeout=KILL_SECONDS)
         here = [rank for rank, process in enumerate(self._processes) if process.node in living]
+        self._end([rank for rank in here if rank in self._hung])
         deadline = time.monotonic() + LEAVE_SECONDS
         while self._unfinished(here) and self._collect(deadline - time.monotonic()):
             pass
+        self._end([rank for rank in self._unfinished(here) if rank not in self._hung])
         left = [rank for rank in here if rank not in self._hung and self._left(rank)]
         return [process for rank, process in enumerate(self._processes) if rank not in left]
+
+    def _end(self, ranks: Sequence[int]) -> None:
+        """Kill processes from outside: Ray's kill asks the process itself, and one that is stopped does not hear."""
+        ended = [self._outside(end, rank) for rank in ranks]
+        if ended:
+            ray.wait(ended, num_returns=len(ended), timeout=KILL_SECONDS)
 
     def _left(self, rank: int) -> bool:
         error = self._errors.get(rank)
@@ -153,6 +169,7 @@ class Attempt:
             deadline = time.monotonic() + AFTERMATH_SECONDS
             while self._collect(deadline - time.monotonic()):
                 pass
+            lost = self.nodes - living_nodes()
         for rank, error in self._errors.items():
             cause = getattr(error, "cause", None)
             if isinstance(cause, commit.DamagedCheckpoint):
@@ -169,7 +186,8 @@ class Attempt:
         if dead:
             return Failed(at, self.serial, f"lost {self._named(dead)}")
         rank, error = next(iter(self._errors.items()))
-        return Failed(at, self.serial, f"rank {rank} failed first: {error}")
+        cause = getattr(error, "cause", None) or error
+        return Failed(at, self.serial, f"rank {rank} failed first: {type(cause).__name__}: {cause}")
 
     def _outside(self, function: Any, rank: int) -> ray.ObjectRef:
         place = self._processes[rank].place

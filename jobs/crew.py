@@ -41,6 +41,7 @@ class Process:
 @dataclass(eq=False)
 class _Replica:
     group: PlacementGroup
+    # Of each rank, in the order of ranks.
     nodes: list[str]
     processes: list[Process | None] = field(default_factory=list)
 

@@ -32,14 +32,15 @@ class Progress:
 class HangWatch:
     """Finds the ranks of one attempt that do nothing. Times are in seconds of the caller's clock.
 
-    Ranks wait for each other in every step, so one that hangs stops all; those are named that are behind.
+    Ranks wait for each other in every step, so one that hangs stops all. Those are named that do not answer at all, or,
+    where all answer, that are furthest behind.
     """
 
     def __init__(self, ranks: int, floor_seconds: float, first_seconds: float, storage_seconds: float) -> None:
         """`first_seconds` is allowed until the first step is done, `storage_seconds` more while a rank waits for data
         or an upload."""
         self._beats: list[Beat | None] = [None] * ranks
-        self._changed = [0.0] * ranks
+        self._changed, self._heard = [0.0] * ranks, [0.0] * ranks
         self._floor, self._first, self._storage = floor_seconds, first_seconds, storage_seconds
         self._seconds: deque[float] = deque(maxlen=STEPS_REMEMBERED)
 
@@ -49,6 +50,7 @@ class HangWatch:
 
     def heard(self, rank: int, beat: Beat, at: float) -> None:
         """A rank said what its latest sign of life is; an old one again is none."""
+        self._heard[rank] = at
         if beat != self._beats[rank]:
             self._beats[rank], self._changed[rank] = beat, at
 
@@ -66,8 +68,12 @@ class HangWatch:
         return seconds + (self._storage if waits else 0.0)
 
     def hung(self, at: float) -> list[int]:
-        """Ranks that are furthest behind, when some rank has been silent for longer than the deadline; else none."""
-        if not self.all_train or at - min(self._changed) <= self.deadline_seconds():
+        """The ranks that stop the attempt, when some rank gave no sign of life for the deadline; else none."""
+        deadline = self.deadline_seconds()
+        if not self.all_train or at - min(self._changed) <= deadline:
             return []
+        silent = [rank for rank, heard in enumerate(self._heard) if at - heard > deadline / 2]
+        if silent:
+            return silent
         fewest = min(beat.count for beat in self._beats)
         return [rank for rank, beat in enumerate(self._beats) if beat.count == fewest]

@@ -10,6 +10,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+import xxhash
+
 from cluster import commit
 from cluster.storage import SpooledText, Storage
 from configs.errors import StorageError
@@ -27,7 +29,7 @@ from jobs.pretrained import initial_parameters
 from jobs.progress import Progress
 from jobs.sample_log import LoggedBatches
 from model.batch import ModelBatch
-from model.checkpoint import CheckpointReader, snapshot, write_snapshot
+from model.checkpoint import CheckpointReader, serialized, snapshot, write_snapshot
 from model.engine import Engine, create_engine
 from model.fragments import restore
 from model.schedule import learning_rate
@@ -45,6 +47,8 @@ class RankTask:
     rank: int
     world_size: int
     resume_step: int | None
+    # Where the state of `resume_step` lies in memory of the cluster, if it does: a `jobs.vault.Snapshot`.
+    memory: Any = None
 
 
 class Messages:
@@ -58,6 +62,11 @@ class Messages:
 
     def problem(self, text: str) -> None:
         """Something went wrong that training goes on without."""
+
+    def snapshot(
+        self, step: int, attempt: int, file: commit.RankFile, world_size: int, extra: dict, content: bytes
+    ) -> None:
+        """Keep this rank's part of a snapshot in memory of the cluster; returns when it is safe."""
 
 
 class RankReporter:
@@ -85,6 +94,9 @@ class RankReporter:
 
     def on_step(self, record: StepRecord) -> None:
         """Rank 0 speaks for all: loss, norm and tokens are global already."""
+        every = self._task.config.elastic.snapshot_every
+        if every and record.step % every == 0:
+            self._remember(record.step, record.tokens)
         self._progress.beat("data", record.step)
         if self._task.rank == 0:
             self._messages.step(record.as_dict())
@@ -97,6 +109,14 @@ class RankReporter:
         copies = snapshot(self._engine)
         self._writing = self._writer.submit(self._write, copies, step, tokens, self.data_state())
         self._progress.beat("data", step)
+
+    def _remember(self, step: int, tokens: int) -> None:
+        task, digest = self._task, xxhash.xxh3_128()
+        content = b"".join(serialized(snapshot(self._engine), {"step": str(step)}))
+        digest.update(content)
+        file = commit.RankFile(task.rank, commit.rank_file_name(task.rank), len(content), digest.hexdigest())
+        extra = {"tokens": tokens, "data_state": self.data_state()}
+        self._messages.snapshot(step, task.attempt, file, task.world_size, extra, content)
 
     def close(self) -> None:
         """Wait for the last upload and pass on its error, if it had one."""
@@ -141,11 +161,13 @@ def run_rank(
     open_shard: CacheOpener,
     announce: Callable[[RankReporter], None],
     progress: Progress,
+    memory: tuple[Storage, commit.Committed] | None = None,
 ) -> LoopEnd:
     """Train one attempt's share on one rank.
 
     Expects RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT in the environment. `announce` receives the
     reporter before the first step, so that a stop can be passed to it from another thread. `progress` is kept up.
+    `memory` is the state to start from where that is none of storage.
     """
     storage = Storage(task.storage_url)
     config, manifest = task.config, Manifest.read(storage, task.data_folder)
@@ -160,11 +182,11 @@ def run_rank(
     try:
         step, tokens = 0, 0
         if not fresh:
-            committed = commit.read_commit(checkpoints, task.resume_step)
+            source, committed = memory or (checkpoints, commit.read_commit(checkpoints, task.resume_step))
             data_state = committed.manifest["data_state"]
             check_state(data_state, manifest, config)
             open_shard.restore(shards_named(manifest, data_state["quarantined"]))
-            restore(engine, CheckpointReader(checkpoints, committed))
+            restore(engine, CheckpointReader(source, committed))
             step, tokens = committed.step, int(committed.manifest["tokens"])
             logging.info("state of step %d restored", step)
         # All ranks of one replica read the same samples.

@@ -25,6 +25,7 @@ from jobs.attempt import Attempt
 from jobs.crew import Crew, NotReady
 from jobs.ledger import Ledger
 from jobs.rank import RankTask
+from jobs.vault import Snapshot, Vaults
 from model.operators import prepare_operators
 
 POLL_SECONDS = 0.2
@@ -60,6 +61,8 @@ class TrainStage:
         self._operators: dict[str, str] = {}
         self._servers: Servers | None = None
         self._attempt: Attempt | None = None
+        self._vaults = Vaults()
+        self._memory: Snapshot | None = None
         self._living: set[str] = set()
         self._surveyed_at = -SURVEY_SECONDS
         self._heard_step: tuple[int, int] = (0, 0)
@@ -98,6 +101,7 @@ class TrainStage:
                         events.extend(self._carry_out(decision, state))
         finally:
             self._crew.close()
+            self._vaults.close()
             stop_servers(self._servers)
 
     def _events(self, state: recovery.RunState) -> list[recovery.Event]:
@@ -106,8 +110,11 @@ class TrainStage:
             found.append(recovery.StopRequested(at, "stopped on request"))
         if self._attempt is None:
             self._living = living_nodes()
-            found.append(recovery.Survey(at, self._crew.room(self._living), self._committed()))
-            if self._crew.room(self._living) < self._rules.min_replicas:
+            self._memory = self._vaults.newest(self._living)
+            remembered = self._memory.step if self._memory is not None else 0
+            room = self._crew.room(self._living)
+            found.append(recovery.Survey(at, room, self._committed(), remembered))
+            if room < self._rules.min_replicas:
                 self._stopping.wait(POLL_SECONDS)
             return found
         if at - self._surveyed_at >= SURVEY_SECONDS:
@@ -148,15 +155,23 @@ class TrainStage:
         elif isinstance(decision, recovery.Clear):
             return self._clear(decision, state.failure)
         elif isinstance(decision, recovery.Discard):
-            # Damage that shows only when the files are read: fall back to the commit before.
-            commit.withdraw(self._ledger.checkpoints, decision.step)
-            self._ledger.event("checkpoint_damaged", step=decision.step, detail=decision.reason)
-            self._ledger.say(f"{decision.reason}\nfalling back to the commit before step {decision.step}")
+            self._discard(decision)
         elif isinstance(decision, recovery.Stop):
             raise RunStopped(f"stopped on request after step {decision.step}; its state is committed")
         elif isinstance(decision, recovery.Fail):
             raise self._failure(decision)
         return []
+
+    def _discard(self, decision: recovery.Discard) -> None:
+        """Damage that shows only when the bytes are read: fall back to what is older."""
+        if decision.source == "memory":
+            self._vaults.forget(decision.step)
+            self._ledger.event("snapshot_damaged", step=decision.step, detail=decision.reason)
+            self._ledger.say(f"{decision.reason}\nfalling back from the snapshot of step {decision.step} in memory")
+            return
+        commit.withdraw(self._ledger.checkpoints, decision.step)
+        self._ledger.event("checkpoint_damaged", step=decision.step, detail=decision.reason)
+        self._ledger.say(f"{decision.reason}\nfalling back to the commit before step {decision.step}")
 
     def _facts(self, decision: recovery.Decision) -> dict[str, Any]:
         """What events.jsonl holds of a decision; attempts have the numbers of the run there."""
@@ -211,7 +226,7 @@ class TrainStage:
             world_size=world_size,
             state="training",
             step=decision.step,
-            last_commit_step=decision.step or None,
+            last_commit_step=self._committed() or None,
         )
         if decision.change != "first":
             self._ledger.say(f"{decision.reason}: {decision.replicas} replicas go on from step {decision.step}")
@@ -244,6 +259,8 @@ class TrainStage:
 
     def _launch(self, decision: recovery.Start, number: int, world_size: int) -> Attempt:
         processes = self._crew.processes
+        if self._config.elastic.snapshot_every:
+            self._vaults.begin(number, self._crew.nodes, f"{self._run}/attempt-{number}")
         first = processes[0]
         master = (first.place.address, ray.get(first.actor.free_port.remote(), timeout=ANSWER_SECONDS))
         seen: Counter[str] = Counter()
@@ -258,10 +275,12 @@ class TrainStage:
                 rank=rank,
                 world_size=world_size,
                 resume_step=decision.step or None,
+                memory=self._memory if decision.source == "memory" else None,
             )
             local_rank = 0 if self._on_gpus else seen[process.node]
             seen[process.node] += 1
-            calls.append(process.actor.train.remote(task, master, local_rank, self._controller, self._servers))
+            given = (task, master, local_rank, self._controller, self._servers)
+            calls.append(process.actor.train.remote(*given, self._vaults.by_node.get(process.node)))
         places = [process.place for process in processes]
         self._ledger.event(
             "ranks_started",
@@ -297,5 +316,5 @@ class TrainStage:
         if failure.kind != "damaged":
             self._ledger.event("attempt_failed", attempt=self._ledger.status["attempt"], detail=failure.reason)
             self._ledger.say(failure.reason)
-        detected = round(failure.at - self._heard_at, 3) if self._heard_at else None
+        detected = round(max(0.0, failure.at - self._heard_at), 3) if self._heard_at else None
         self._trouble = {"noticed": failure.at, "detected_seconds": detected, "failed_at_step": step}

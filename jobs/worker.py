@@ -19,6 +19,7 @@ from data.shard_server import shard_opener
 from jobs.loop import LoopEnd
 from jobs.progress import Beat, Progress
 from jobs.rank import Messages, RankReporter, RankTask, run_rank
+from jobs.vault import Part, fetch
 from model.engine import preload
 from model.operators import operator_environment
 
@@ -26,8 +27,8 @@ from model.operators import operator_environment
 class ControllerMessages(Messages):
     """Messages to the controller, sent without waiting for an answer so that a slow controller stalls no step."""
 
-    def __init__(self, controller: Any) -> None:
-        self._controller = controller
+    def __init__(self, controller: Any, vault: Any) -> None:
+        self._controller, self._vault = controller, vault
 
     def step(self, record: dict[str, Any]) -> None:
         """Send a finished step."""
@@ -40,6 +41,12 @@ class ControllerMessages(Messages):
     def problem(self, text: str) -> None:
         """Send what went wrong."""
         self._controller.record_problem.remote(text)
+
+    def snapshot(
+        self, step: int, attempt: int, file: commit.RankFile, world_size: int, extra: dict, content: bytes
+    ) -> None:
+        """Wait until this node's vault has it, and another one's a copy."""
+        ray.get(self._vault.deliver.remote(Part(step, attempt, world_size, file, extra), content))
 
 
 class Place(NamedTuple):
@@ -64,6 +71,7 @@ class TrainWorker:
         # Attempts up to this number were asked to commit and leave.
         self._stopped_attempt = 0
         self._attempt = 0
+        self._port: socket.socket | None = None
 
     def prepare(self, operators: str) -> Place:
         """Import torch and DeepSpeed, so that an attempt starts at once."""
@@ -76,13 +84,22 @@ class TrainWorker:
         return Place(ray.get_runtime_context().get_node_id(), address, process.pid, process.create_time())
 
     def free_port(self) -> int:
-        """A port that is free here, for an attempt's process group."""
-        with socket.socket() as probe:
-            probe.bind((ray.util.get_node_ip_address(), 0))
-            return probe.getsockname()[1]
+        """A port that is free here, for an attempt's process group.
 
-    def train(self, task: RankTask, master: tuple[str, int], local_rank: int, controller: Any, servers: Any) -> LoopEnd:
-        """Run the attempt to its end on this rank."""
+        The socket stays bound until then, so that nothing else is given the port: its listener may share it, since
+        both allow the reuse of addresses and this one does not listen.
+        """
+        if self._port is not None:
+            self._port.close()
+        self._port = socket.socket()
+        self._port.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self._port.bind((ray.util.get_node_ip_address(), 0))
+        return self._port.getsockname()[1]
+
+    def train(
+        self, task: RankTask, master: tuple[str, int], local_rank: int, controller: Any, servers: Any, vault: Any
+    ) -> LoopEnd:
+        """Run the attempt to its end on this rank; `vault` is this node's, or None."""
         os.environ.update(
             RANK=str(task.rank),
             WORLD_SIZE=str(task.world_size),
@@ -92,8 +109,10 @@ class TrainWorker:
         )
         with self._lock:
             self._reporter, self._progress, self._attempt = None, Progress(), task.attempt
-        opener = shard_opener(servers)
-        return run_rank(task, ControllerMessages(controller), opener, self._announce, self._progress)
+        opener, messages = shard_opener(servers), ControllerMessages(controller, vault)
+        with tempfile.TemporaryDirectory(prefix="telar-memory-") as folder:
+            memory = fetch(task.memory, vault, folder) if task.memory is not None else None
+            return run_rank(task, messages, opener, self._announce, self._progress, memory)
 
     def _announce(self, reporter: RankReporter) -> None:
         with self._lock:

@@ -56,7 +56,7 @@ def write_snapshot(
     name = rank_file_name(rank)
     digest, size = xxhash.xxh3_128(), 0
     with checkpoints.open(f"{attempt_folder(step, attempt)}/{name}", "wb") as file:
-        for block in _serialized(owned, {"step": str(step), **(extra or {})}):
+        for block in serialized(owned, {"step": str(step), **(extra or {})}):
             file.write(block)
             digest.update(block)
             size += len(block)
@@ -72,10 +72,10 @@ def write_rank(
 
 def file_bytes(owned: Sequence[Fragment]) -> int:
     """Bytes of the file that `write_snapshot` would write without metadata of its own."""
-    return sum(len(block) for block in _serialized(owned, {}))
+    return sum(len(block) for block in serialized(owned, {}))
 
 
-def _serialized(owned: Sequence[Fragment], metadata: dict[str, str]) -> Iterator[bytes | memoryview]:
+def serialized(owned: Sequence[Fragment], metadata: dict[str, str]) -> Iterator[bytes | memoryview]:
     """The safetensors format (length, JSON header, raw little-endian tensors), without a second copy in memory."""
     shapes = {piece.name: piece.shape for piece in owned}
     parts = {piece.name: piece.part for piece in owned if piece.part is not None}

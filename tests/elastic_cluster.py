@@ -64,6 +64,8 @@ class ElasticCluster:
         tree = copy.deepcopy(TINY)
         tree["data"]["corpora"] = [{**corpus, "path": self._code} for corpus in tree["data"]["corpora"]]
         tree["run"] |= {"name": name, "storage": self.storage.url}
+        # At the rate of TINY, differences in the last bit grow a thousandfold in ten steps.
+        tree["optimizer"]["learning_rate"] = 0.05
         tree["parallelism"] = {"data": len(self.nodes)}
         tree["tracking"] |= {"gauges": False, "log_samples": True}
         for section, values in sections.items():

@@ -10,6 +10,8 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 STEPS, BATCH = 60, 8
 TRAIN = {"steps": STEPS, "global_batch_sequences": BATCH, "micro_batch_sequences": 1}
 EVERY = {"every_steps": 10}
+# Nothing but the end is in storage: what is lost must come out of memory.
+AT_THE_END = {"every_steps": 1000}
 
 
 @pytest.fixture(scope="module")
@@ -43,13 +45,22 @@ def reasons(run, kind):
     return [event["reason"] for event in run.events("decision") if event["decision"] == kind]
 
 
+def starts(run):
+    return [event for event in run.events("decision") if event["decision"] == "start"]
+
+
+def redone(run):
+    return sum(len(losses) - 1 for losses in run.losses().values())
+
+
 def test_a_killed_rank_is_replaced_and_the_others_are_used_again(cluster, undisturbed):
-    run = cluster.submit("rank", train=TRAIN, checkpoint=EVERY)
+    run = cluster.submit("rank", train=TRAIN, checkpoint=AT_THE_END, elastic={"snapshot_every": 1})
     run.wait_for_step(25)
     before = run.ranks()
     run.kill(1)
     assert run.end() == "finished"
     check_same_course(run, undisturbed, exact=True)
+    assert starts(run)[1]["source"] == "memory" and redone(run) <= 1
     after = run.ranks()
     assert [one == other for one, other in zip(before, after, strict=True)] == [True, False, True]
     assert "lost rank 1" in reasons(run, "clear")[0]
@@ -63,6 +74,7 @@ def test_a_rank_that_hangs_is_found_its_stacks_kept_and_it_is_replaced(cluster, 
     run.kill(2, signal.SIGSTOP)
     assert run.end() == "finished"
     check_same_course(run, undisturbed, exact=True)
+    assert starts(run)[1]["source"] == "storage" and redone(run) < EVERY["every_steps"] + 1
     assert any("rank 2" in reason and "hung" in reason for reason in reasons(run, "clear"))
     stacks = {event["rank"]: event["text"] for event in run.events("stack")}
     assert stacks.keys() == {"rank 0", "rank 1", "rank 2"}
@@ -80,8 +92,8 @@ def test_a_stop_in_the_middle_commits_and_the_run_goes_on_later(cluster, undistu
 
 
 def test_three_nodes_become_two_and_three_again(cluster, undisturbed):
-    elastic = {"min_replicas": 2, "grow_seconds": 1.0}
-    run = cluster.submit("nodes", train=TRAIN, checkpoint=EVERY, elastic=elastic)
+    elastic = {"min_replicas": 2, "grow_seconds": 1.0, "snapshot_every": 1}
+    run = cluster.submit("nodes", train=TRAIN, checkpoint=AT_THE_END, elastic=elastic)
     run.wait_for_step(15)
     lost = run.ranks()[0][1]
     cluster.kill_node(lost)
@@ -92,11 +104,15 @@ def test_three_nodes_become_two_and_three_again(cluster, undisturbed):
     run.wait_for(lambda: reasons(run, "commit"), "the decision to grow")
     run.kill(0, signal.SIGCONT)
     assert run.end() == "finished"
-    starts = [event for event in run.events("decision") if event["decision"] == "start"]
-    assert [(event["change"], event["replicas"]) for event in starts] == [("first", 3), ("shrink", 2), ("grow", 3)]
-    assert lost[:8] in starts[1]["reason"]
+    first, shrunk, grown_to = starts(run)
+    assert [(start["change"], start["replicas"]) for start in (first, shrunk, grown_to)] == [
+        ("first", 3),
+        ("shrink", 2),
+        ("grow", 3),
+    ]
+    assert lost[:8] in shrunk["reason"] and shrunk["source"] == "memory" and redone(run) <= 1
     # Growing costs no step.
     (grown,) = (event for event in run.events("decision") if event["decision"] == "commit")
     by_attempt = {record["attempt"]: record["step"] for record in run.lines("metrics.jsonl")}
-    assert starts[2]["step"] == by_attempt[2] and "room for 3 replicas" in grown["reason"]
+    assert grown_to["step"] == by_attempt[2] and "room for 3 replicas" in grown["reason"]
     check_same_course(run, undisturbed, exact=False)

@@ -30,8 +30,12 @@ def test_a_rank_that_falls_silent_is_named_and_the_ones_that_wait_for_it_are_not
     assert watch.hung(4.9) == []
     hear(watch, 4.0, (5, "step"), (4, "step"))
     assert watch.hung(5.1) == [1], "an old sign of life was taken for a new one"
-    hear(watch, 5.2, (6, "step"), (5, "step"))
-    assert watch.hung(9.0) == []
+    hear(watch, 7.0, (5, "step"))
+    assert watch.hung(7.1) == [1] and watch.hung(9.5) == [0, 1]
+    hear(watch, 9.0, (5, "step"))
+    assert watch.hung(9.1) == [1], "the one that does not answer is the one that hangs"
+    hear(watch, 9.2, (6, "step"), (5, "step"))
+    assert watch.hung(13.0) == []
 
 
 def test_ranks_that_start_are_not_watched_and_the_first_step_may_take_long():
@@ -41,7 +45,7 @@ def test_ranks_that_start_are_not_watched_and_the_first_step_may_take_long():
     hear(watch, 1.0, (3, "step"))
     assert watch.hung(1000.0) == []
     hear(watch, 2.0, (3, "step"), (1, "step"))
-    assert watch.all_train and watch.hung(90.0) == [] and watch.hung(103.0) == [1]
+    assert watch.all_train and watch.hung(90.0) == [] and watch.hung(103.0) == [0, 1]
 
 
 def test_the_deadline_follows_the_steps_and_what_waits_for_storage():
