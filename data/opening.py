@@ -168,7 +168,7 @@ def _place_to_cut(line: bytes) -> int:
     """After the last blank, else before the last character, so that no character and no pair of line ends is cut."""
     place = line.rfind(b" ", 0, len(line) - 1) + 1
     if not place:
-        place = len(line) - 1
+        place = len(line) - (2 if line.endswith(b"\r\n") else 1)
         # Bytes 10xxxxxx continue a character; where all do it is no UTF-8, which decoding will say.
         while place and line[place] & 0xC0 == 0x80:
             place -= 1

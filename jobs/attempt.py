@@ -186,8 +186,10 @@ class Attempt:
         if dead:
             return Failed(at, self.serial, f"lost {self._named(dead)}")
         rank, error = next(iter(self._errors.items()))
-        cause = getattr(error, "cause", None) or error
-        return Failed(at, self.serial, f"rank {rank} failed first: {type(cause).__name__}: {cause}")
+        cause = getattr(error, "cause", None)
+        # Ray's error holds the rank's traceback, which leads; what Telar raises says enough by itself.
+        said = f"{type(cause).__name__}: {cause}" if isinstance(cause, TelarError) else str(error)
+        return Failed(at, self.serial, f"rank {rank} failed first: {said}")
 
     def _outside(self, function: Any, rank: int) -> ray.ObjectRef:
         place = self._processes[rank].place

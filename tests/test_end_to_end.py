@@ -55,13 +55,7 @@ TINY = {
     "optimizer": {"warmup_steps": 10},
     "train": {"steps": 6, "global_batch_sequences": 8, "micro_batch_sequences": 2},
     "checkpoint": {"every_steps": 3},
-    "evaluate": {
-        "likelihood_records": 16,
-        "generate_records": 4,
-        "max_new_tokens": 8,
-        "slice_records": 8,
-        "tasks": ["tasks/choose.yaml"],
-    },
+    "evaluate": {"likelihood_records": 16, "generate_records": 4, "max_new_tokens": 8, "slice_records": 8},
     "tracking": {"log_every_steps": 1},
 }
 
@@ -97,7 +91,8 @@ def project(tmp_path_factory):
     folder = tmp_path_factory.mktemp("project")
     (folder / "code").mkdir()
     write_corpus(folder / "code")
-    (folder / "tiny.yaml").write_text(yaml.safe_dump(TINY))
+    evaluate = {**TINY["evaluate"], "tasks": ["tasks/choose.yaml"]}
+    (folder / "tiny.yaml").write_text(yaml.safe_dump({**TINY, "evaluate": evaluate}))
     (folder / "tasks").mkdir()
     rows = [{"code": f"def load_{noun}({noun}):", "noun": noun} for noun in NOUNS]
     (folder / "tasks" / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))

@@ -13,7 +13,7 @@ from urllib.parse import unquote
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from configs.errors import DataError, StorageError
@@ -210,6 +210,7 @@ def test_marks_of_windows_leave_no_trace(tmp_path, kind):
 
 @settings(deadline=None, max_examples=200)
 @given(text=st.text(alphabet="ab é語😀\r\n", max_size=80), cut_at=st.integers(8, 20))
+@example(text="aaaaa😀語\r\n", cut_at=8)
 def test_pieces_of_long_lines_are_the_text(text, cut_at):
     content = text.encode()
     pieces = list(lines(corpus("x"), "x", io.BytesIO(content), cut_at=cut_at))
