@@ -129,7 +129,7 @@ class Attempt:
 
     def _left(self, rank: int) -> bool:
         error = self._errors.get(rank)
-        return rank in self._ends or (error is not None and not isinstance(error, ray.exceptions.RayActorError))
+        return rank in self._ends or (error is not None and not is_death(error))
 
     def _unfinished(self, ranks: Collection[int]) -> list[int]:
         return [rank for rank in ranks if rank not in self._ends and rank not in self._errors]
@@ -182,7 +182,7 @@ class Attempt:
             return Failed(
                 at, self.serial, f"lost {', '.join(f'node {node[:8]}' for node in lost)} with {ranks_text(ranks)}"
             )
-        dead = [rank for rank, error in self._errors.items() if isinstance(error, ray.exceptions.RayActorError)]
+        dead = [rank for rank, error in self._errors.items() if is_death(error)]
         if dead:
             return Failed(at, self.serial, f"lost {self._named(dead)}")
         rank, error = next(iter(self._errors.items()))
@@ -206,3 +206,8 @@ class Attempt:
 def ranks_text(ranks: Sequence[int]) -> str:
     """`rank 2` or `ranks 2, 3`."""
     return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
+
+
+def is_death(error: ray.exceptions.RayError) -> bool:
+    """Whether the rank's own process is gone, rather than another actor that it called."""
+    return isinstance(error, ray.exceptions.RayActorError) and not isinstance(error, ray.exceptions.RayTaskError)

@@ -79,6 +79,12 @@ class Crew:
         held = sum(replica_lives(replica.nodes, living) for replica in self._replicas)
         return held + replicas_that_fit(self._resources, self._parallelism, free_resources(), living)
 
+    def release_lost(self, living: Collection[str]) -> None:
+        """Give back the room of replicas that lost a node: Ray would move it to nodes that are free."""
+        for replica in list(self._replicas):
+            if not replica_lives(replica.nodes, living):
+                self._give_up(replica, living)
+
     def assemble(self, replicas: int, living: Collection[str], label: str, timeout_seconds: float) -> None:
         """Reserve room for so many replicas and give each rank a process.
 

@@ -211,6 +211,9 @@ def run_rank(
         if config.tracking.log_samples and engine.context.speaks:
             batches = sampled = LoggedBatches(batches, storage.child(task.run), task.attempt, task.rank, step)
         end = train(engine, batches, rate, reporter, course, peak_memory_bytes)
+        if memory is not None and step == end.step:
+            # The last step was done before the loss, and its state lies in memory alone.
+            reporter.checkpoint(end.step, end.tokens)
         progress.beat("storage", end.step)
         reporter.close()
         logging.info("attempt %d rank %d ends at step %d", task.attempt, task.rank, end.step)

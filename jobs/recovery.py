@@ -42,6 +42,14 @@ class Survey:
 
 
 @dataclass(frozen=True)
+class Launched:
+    """The ranks of the attempt were called: their processes are there."""
+
+    at: float
+    attempt: int
+
+
+@dataclass(frozen=True)
 class Started:
     """All ranks of the attempt train."""
 
@@ -97,7 +105,7 @@ class StopRequested:
     reason: str
 
 
-Event = Survey | Started | Stepped | Ended | Failed | Cleared | StopRequested
+Event = Survey | Launched | Started | Stepped | Ended | Failed | Cleared | StopRequested
 
 
 # Decisions.
@@ -222,6 +230,9 @@ def decide(rules: Rules, state: RunState, event: Event) -> Outcome:
         return _on_stop(state, event)
     if event.attempt != state.live:
         return state, []
+    if isinstance(event, Launched):
+        # Only from now on the ranks are waited for; what came before was preparation of processes.
+        return (replace(state, since=event.at) if state.phase in ("starting", "stopping") else state), []
     if isinstance(event, Cleared):
         if state.phase != "clearing":
             return state, []
@@ -299,6 +310,9 @@ def _next_attempt(rules: Rules, state: RunState, event: Survey) -> Outcome:
             return _over(state, "failed", Fail(_used_up(rules, state, failure.reason), "restarts"))
         # This survey may still count what is discarded: the next one decides.
         return replace(state, damaged=age, restarts=state.restarts + (not older)), [discard]
+    if state.stop_reason is not None and ended is None and event.committed >= max(state.step, recoverable, 1):
+        # What was lost after the commit is not missed any more.
+        return _over(state, "stopped", Stop(event.committed, state.stop_reason))
     uncommitted = ended is not None and not progress and (event.committed < ended or ended <= state.from_step)
     if uncommitted or (failure is not None and failure.kind != "room"):
         reason = failure.reason if failure is not None else _uncommitted(ended, event.committed)
@@ -312,6 +326,9 @@ def _next_attempt(rules: Rules, state: RunState, event: Survey) -> Outcome:
             return _over(state, "failed", Fail(_uncommitted(ended, event.committed), "uncommitted"))
         return _over(state, "stopped", Stop(event.committed, state.stop_reason))
     replicas = min(event.replicas, rules.max_replicas)
+    if failure is not None and failure.kind == "room":
+        # What was counted could not be reserved: with fewer the run goes on, and grows again later.
+        replicas = min(replicas, max(rules.min_replicas, state.replicas - 1))
     short = replicas < rules.min_replicas
     waited = event.at - (state.since if state.idle_since is None else state.idle_since)
     if (short or (failure is not None and failure.kind == "room")) and waited > rules.wait_seconds:

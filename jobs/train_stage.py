@@ -15,7 +15,7 @@ from cluster import commit
 from cluster.nodes import living_nodes
 from cluster.placement import rank_resources
 from cluster.storage import Storage
-from configs.errors import CapacityError, RunStopped, TelarError
+from configs.errors import CapacityError, RunStopped, StorageError, TelarError
 from configs.schema import RunConfig
 from data.manifest import Manifest
 from data.opener import cache_advice
@@ -112,10 +112,16 @@ class TrainStage:
             self._living = living_nodes()
             self._memory = self._vaults.newest(self._living)
             remembered = self._memory.step if self._memory is not None else 0
+            self._crew.release_lost(self._living)
             room = self._crew.room(self._living)
-            found.append(recovery.Survey(at, room, self._committed(), remembered))
+            try:
+                found.append(recovery.Survey(at, room, self._committed(), remembered))
+            except (StorageError, OSError) as error:
+                # What is committed decides from where to go on: not before storage says so.
+                self._ledger.say(f"storage does not answer: {error}")
+                time.sleep(SURVEY_SECONDS)
             if room < self._rules.min_replicas:
-                self._stopping.wait(POLL_SECONDS)
+                self._stopping.wait(SURVEY_SECONDS)
             return found
         if at - self._surveyed_at >= SURVEY_SECONDS:
             self._surveyed_at, self._living = at, living_nodes()
@@ -244,7 +250,7 @@ class TrainStage:
         except (NotReady, ray.exceptions.RayError) as error:
             return [recovery.Failed(time.monotonic(), decision.attempt, str(error))]
         self._ledger.say(f"attempt {number}: {world_size} ranks train from step {decision.step}")
-        return []
+        return [recovery.Launched(time.monotonic(), decision.attempt)]
 
     def _serve_shards(self, label: str) -> None:
         """Shard servers on all nodes that hold a rank; those that run already are kept."""
@@ -298,7 +304,9 @@ class TrainStage:
         if failure is not None:
             self._note(failure, attempt)
         if attempt is None:
-            self._crew.dismiss(self._crew.manned)
+            # Where there was no room for more, those that there are can train.
+            if failure is None or failure.kind != "room":
+                self._crew.dismiss(self._crew.manned)
         else:
             self._error = attempt.fatal
             leaving = attempt.remains(self._living)

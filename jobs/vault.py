@@ -25,6 +25,9 @@ KEPT = 2
 COPY_SECONDS = 5.0
 START_SECONDS = 30.0
 CALLS_AT_ONCE = 16
+# Copies have threads of their own: those that wait for another node's vault may be all others, there as here.
+COPIES_AT_ONCE = 4
+SLOWEST_BYTES_PER_SECOND = 20e6
 
 
 class Key(NamedTuple):
@@ -153,7 +156,8 @@ class Vault:
         if self._peer is None:
             return False
         try:
-            ray.get(self._peer.keep.remote(part, content), timeout=COPY_SECONDS)
+            kept = self._peer.keep.options(concurrency_group="copies").remote(part, content)
+            ray.get(kept, timeout=transfer_seconds(part))
         except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
             return False
         return True
@@ -190,7 +194,7 @@ class Vaults:
         """Have a vault on each of these nodes, each the peer of the one before, for a new attempt."""
         for node in set(nodes) - self.by_node.keys():
             self.by_node[node] = (
-                ray.remote(Vault)
+                ray.remote(concurrency_groups={"copies": COPIES_AT_ONCE})(Vault)
                 .options(
                     name=f"{label}/vault-{node[:8]}",
                     namespace="telar",
@@ -211,22 +215,31 @@ class Vaults:
         for node in self.by_node.keys() - set(living):
             ray.kill(self.by_node.pop(node))
         offers = []
-        for vault, answer in [(vault, vault.parts.remote()) for vault in self.by_node.values()]:
+        for node, answer in [(node, vault.parts.remote()) for node, vault in self.by_node.items()]:
             try:
-                offers.append((vault, ray.get(answer, timeout=COPY_SECONDS)))
-            except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
+                offers.append((self.by_node[node], ray.get(answer, timeout=COPY_SECONDS)))
+            except ray.exceptions.GetTimeoutError:
                 continue
+            except ray.exceptions.RayActorError:
+                # Its process is gone, the node is not: the next attempt has a new one there.
+                ray.kill(self.by_node.pop(node))
         return newest(offers)
 
     def forget(self, step: int) -> None:
         """Never start from this step's snapshots again."""
-        ray.wait([vault.forget.remote(step) for vault in self.by_node.values()], timeout=COPY_SECONDS)
+        calls = [vault.forget.remote(step) for vault in self.by_node.values()]
+        ray.wait(calls, num_returns=len(calls), timeout=COPY_SECONDS)
 
     def close(self) -> None:
         """Let everything go."""
         for vault in self.by_node.values():
             ray.kill(vault)
         self.by_node.clear()
+
+
+def transfer_seconds(part: Part) -> float:
+    """How long a part may take from one node to another."""
+    return COPY_SECONDS + part.file.bytes / SLOWEST_BYTES_PER_SECOND
 
 
 def _own(content: bytes) -> bytes:
@@ -240,7 +253,7 @@ def fetch(snapshot: Snapshot, own: Any, folder: str) -> tuple[Storage, Committed
     for part, holders in zip(snapshot.parts, snapshot.holders, strict=True):
         for vault in sorted(holders, key=lambda holder: holder != own):
             try:
-                content = ray.get(vault.content.remote(part.key), timeout=COPY_SECONDS)
+                content = ray.get(vault.content.remote(part.key), timeout=transfer_seconds(part))
             except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
                 continue
             if content is not None:

@@ -17,7 +17,9 @@ from configs.errors import CapacityError
 from configs.schema import RunConfig
 from model.operators import load_or_switch_off
 
-PROCESS_GROUP_TIMEOUT = timedelta(seconds=120)
+# Longer than any rank may wait for data or storage while its peers stand in a collective. A peer that
+# is gone is noticed by its closed connection, one that hangs from outside (jobs/progress.py).
+PROCESS_GROUP_TIMEOUT = timedelta(minutes=30)
 ENVIRONMENT = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 

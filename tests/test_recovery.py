@@ -15,6 +15,7 @@ from jobs.recovery import (
     Fail,
     Failed,
     Finish,
+    Launched,
     Rules,
     Start,
     Started,
@@ -78,6 +79,32 @@ def test_the_budget_is_spent_without_progress_and_comes_back_with_it():
         assert isinstance(made[-1], Start) and state.restarts == 1 and "restart 1 of 1" in made[-1].reason
     state, made = crash(state, 40, 8)
     assert isinstance(made[-1], Fail) and made[-1].cause == "restarts" and "boom" in made[-1].reason
+
+
+def test_room_that_could_not_be_had_is_not_asked_for_again_while_fewer_will_do():
+    grown, made = play(
+        RULES, Survey(0, 3), Failed(10, 1, "one group is not free", "room"), Cleared(10, 1), Survey(11, 3)
+    )
+    assert [made[0].replicas, made[-1].replicas] == [3, 2] and grown.restarts == 0
+    fixed = replace(RULES, min_replicas=3)
+    _, made = play(fixed, Survey(0, 3), Failed(10, 1, "one group is not free", "room"), Cleared(10, 1), Survey(11, 3))
+    assert made[-1].replicas == 3
+
+
+def test_preparing_processes_does_not_count_as_waiting_for_ranks():
+    slow = (Launched(170, 1), Survey(171, 3), Survey(229, 3))
+    state, made = play(replace(RULES, wait_seconds=60), Survey(0, 3), *slow)
+    assert [type(decision) for decision in made] == [Start] and state.phase == "starting"
+    _, made = play(replace(RULES, wait_seconds=60), Survey(231, 3), state=state)
+    assert isinstance(made[-1], Clear) and "not all ranks started" in made[-1].reason
+
+
+def test_a_stop_whose_state_was_committed_before_a_loss_is_a_stop():
+    lost = (StopRequested(9, "SIGTERM"), Failed(10, 1, "node 2 is gone"), Cleared(11, 1))
+    state, made = play(RULES, *lost, Survey(12, 2, committed=7), state=running())
+    assert made[-1] == Stop(7, "SIGTERM") and state.phase == "stopped"
+    state, made = play(RULES, *lost, Survey(12, 2, committed=6), state=running())
+    assert isinstance(made[-1], Fail)
 
 
 def test_an_error_that_would_come_again_ends_the_run_at_once():
