@@ -179,7 +179,7 @@ class ElasticSection(Section):
         None, description="most replicas that train when the cluster has room for them; default: parallelism.data"
     )
     max_restarts: int = Field(
-        1, ge=0, description="restarts in a row without a newer state to start from, before the run fails"
+        3, ge=0, description="restarts in a row without a newer state to start from, before the run fails"
     )
     start_timeout_seconds: PositiveInt = Field(
         180, description="longest wait for room for min_replicas, and for all ranks of an attempt to start, seconds"

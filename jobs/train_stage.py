@@ -268,7 +268,7 @@ class TrainStage:
         if self._config.elastic.snapshot_every:
             self._vaults.begin(number, self._crew.nodes, f"{self._run}/attempt-{number}")
         first = processes[0]
-        master = (first.place.address, ray.get(first.actor.free_port.remote(), timeout=ANSWER_SECONDS))
+        master = (first.place.address, ray.get(first.actor.open_store.remote(), timeout=ANSWER_SECONDS))
         seen: Counter[str] = Counter()
         calls = []
         for rank, process in enumerate(processes):

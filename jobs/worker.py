@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import faulthandler
 import os
-import socket
 import tempfile
 import threading
 from typing import Any, NamedTuple
@@ -71,7 +70,7 @@ class TrainWorker:
         # Attempts up to this number were asked to commit and leave.
         self._stopped_attempt = 0
         self._attempt = 0
-        self._port: socket.socket | None = None
+        self._store: Any = None
 
     def prepare(self, operators: str) -> Place:
         """Import torch and DeepSpeed, so that an attempt starts at once."""
@@ -83,18 +82,17 @@ class TrainWorker:
             os.environ.setdefault(GLOO_VARIABLE, interface)
         return Place(ray.get_runtime_context().get_node_id(), address, process.pid, process.create_time())
 
-    def free_port(self) -> int:
-        """A port that is free here, for an attempt's process group.
+    def open_store(self) -> int:
+        """Open the store at which an attempt's ranks meet; returns its port, which the store itself has chosen.
 
-        The socket stays bound until then, so that nothing else is given the port: its listener may share it, since
-        both allow the reuse of addresses and this one does not listen.
+        A port that is looked for first and listened on later may be another process's by then.
         """
-        if self._port is not None:
-            self._port.close()
-        self._port = socket.socket()
-        self._port.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        self._port.bind((ray.util.get_node_ip_address(), 0))
-        return self._port.getsockname()[1]
+        from torch.distributed import TCPStore
+
+        # That of the attempt before ends with its last reference.
+        self._store = None
+        self._store = TCPStore(ray.util.get_node_ip_address(), 0, is_master=True, wait_for_workers=False)
+        return self._store.port
 
     def train(
         self, task: RankTask, master: tuple[str, int], local_rank: int, controller: Any, servers: Any, vault: Any
@@ -106,6 +104,8 @@ class TrainWorker:
             LOCAL_RANK=str(local_rank),
             MASTER_ADDR=master[0],
             MASTER_PORT=str(master[1]),
+            # The name is of torchrun, whose agent opens the store: rank 0 must not open another one.
+            TORCHELASTIC_USE_AGENT_STORE="True",
         )
         with self._lock:
             self._reporter, self._progress, self._attempt = None, Progress(), task.attempt
