@@ -37,6 +37,16 @@ _Loader.add_implicit_resolver(
 )
 
 
+class _Dumper(yaml.SafeDumper):
+    """Puts in quotes what `_Loader`, or a YAML 1.1 reader, would take for another type."""
+
+
+_Dumper.yaml_implicit_resolvers = {
+    first: [*yaml.SafeDumper.yaml_implicit_resolvers.get(first, []), *_Loader.yaml_implicit_resolvers.get(first, [])]
+    for first in {*yaml.SafeDumper.yaml_implicit_resolvers, *_Loader.yaml_implicit_resolvers}
+}
+
+
 def read_yaml(text: str) -> Any:
     """The value of a YAML text; raises yaml.YAMLError."""
     return yaml.load(text, Loader=_Loader)
@@ -96,7 +106,8 @@ def apply_overrides(tree: Mapping[str, Any], overrides: Sequence[str]) -> dict[s
 
 def to_yaml(config: RunConfig) -> str:
     """The resolved configuration as YAML that `load_config` reads back to an equal object."""
-    return yaml.safe_dump(json.loads(config.model_dump_json()), sort_keys=False, allow_unicode=True, width=110)
+    tree = json.loads(config.model_dump_json())
+    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
 
 
 def config_digest(config: BaseModel) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -70,7 +70,33 @@ class ModelSection(Section):
         "starts from; sizes, kinds and tokenizer that are not given are taken from it",
     )
     classes: PositiveInt = Field(2, description="encoder: classes that the head tells apart")
+    labels: tuple[str, ...] = Field(
+        (),
+        description="encoder: the targets that stand for the classes, in their order; needed to train one, and "
+        "sets classes",
+    )
     pooling: Literal["mean", "first"] = Field("mean", description="encoder: what of a text's outputs is classified")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _labels_are_classes(cls, tree: Any) -> Any:
+        if isinstance(tree, dict) and isinstance(tree.get("labels"), list | tuple) and tree["labels"]:
+            return {"classes": len(tree["labels"]), **tree}
+        return tree
+
+    @model_validator(mode="after")
+    def _labels_fit(self) -> ModelSection:
+        if not self.labels:
+            return self
+        if self.architecture != "encoder":
+            raise ValueError(
+                f"labels: model.architecture {self.architecture} writes its targets and needs none; remove them"
+            )
+        if len(self.labels) < 2 or len(set(self.labels)) < len(self.labels) or not all(self.labels):
+            raise ValueError(f"labels: {list(self.labels)} must be two or more different texts, none empty")
+        if self.classes != len(self.labels):
+            raise ValueError(f"classes: {self.classes} for {len(self.labels)} labels; remove classes")
+        return self
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> ModelSection:

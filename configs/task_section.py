@@ -153,6 +153,11 @@ class TaskSection(Section):
             raise ValueError(f"target: metric: {self.metric} needs the text that it judges or compares with; give one")
         if self.choices and self.target:
             raise ValueError("target: the candidates are the targets; remove it")
+        if self.metric == "true_mass" and self.normalise != "sum":
+            raise ValueError(
+                f"normalise: scores per {self.normalise} are no log-probabilities, of which metric: true_mass sums; "
+                "remove it"
+            )
         if (self.metric == "bbq") != (self.reshape == "bbq"):
             raise ValueError("reshape: bbq makes the fields that metric: bbq judges; give both or none")
         return self

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from cluster.storage import Storage
+from configs.errors import DataError
 from configs.schema import CorpusSection, RunConfig
 from data.batches import Collator
 from data.packing import Pair, cut_pairs, cut_sequence, fit_prompt, fit_source
@@ -19,6 +20,7 @@ from data.templates import literal_start
 from data.tokenizer import Tokenizer
 from jobs.attributions import faithfulness, integrated_gradients
 from jobs.batches import to_model
+from jobs.classes import Classes
 from jobs.evaluator import Evaluator
 from jobs.loading import load_trained
 from jobs.tasks.base import Choices, Explain, Generate, LogLikelihood, Request
@@ -60,6 +62,8 @@ class ModelAnswers:
         tasks = [task.corpus() for task in config.evaluate.definitions]
         self._corpora = {corpus.name: corpus for corpus in [*config.data.corpora, *tasks]}
         self._sequence = config.data.layout == "sequence"
+        # A classifier scores a candidate by its class.
+        self._classes = Classes(config.model.labels, tokenizer) if config.model.labels else None
 
     def answer(self, corpus: str, requests: Sequence[Request], max_new_tokens: int) -> list[dict[str, Any]]:
         """One answer per request in order, of the forms that `jobs.tasks.base` gives."""
@@ -67,6 +71,8 @@ class ModelAnswers:
         keep_head, pictures = keeps_head(section), section.image_column is not None
         prefix = self._tokenizer.prefix_of(literal_start(section))
         answers: dict[int, dict[str, Any]] = {}
+        if self._classes is not None and any(isinstance(each, Generate | LogLikelihood) for each in requests):
+            raise DataError("model.architecture: an encoder chooses among model.labels, it does not write text")
         writing = [i for i, request in enumerate(requests) if isinstance(request, Generate)]
         scoring = [i for i, request in enumerate(requests) if isinstance(request, LogLikelihood)]
         choosing = [i for i, request in enumerate(requests) if isinstance(request, Choices)]
@@ -134,14 +140,17 @@ class ModelAnswers:
         for pairs in cut:
             labels = np.concatenate([label for _, label in pairs])
             found = [next(scored) for _ in pairs]
+            text = self._tokenizer.decode(labels)
+            if self._classes is not None:
+                labels = np.array([self._classes.of(labels.tolist())])
             answers.append(
                 {
                     "labels": labels.tolist(),
-                    "pieces": [len(label) for _, label in pairs],
+                    "pieces": [len(nll) for nll, _ in found],
                     "nll": np.concatenate([nll for nll, _ in found]).tolist(),
                     "correct": (np.concatenate([best for _, best in found]) == labels).tolist(),
                     # Codes of a picture are no text, so there are no bits per byte of it.
-                    "bytes": 0 if pictures else len(self._tokenizer.decode(labels).encode()),
+                    "bytes": 0 if pictures else len(text.encode()),
                 }
             )
         return answers
@@ -201,7 +210,8 @@ class ModelAnswers:
             self._sequence, len(pairs), data.source_tokens, data.target_tokens, tokenizer.pad_id, tokenizer.bos_id
         )
         rows = [(source, np.array([len(source)]), labels, np.array([len(labels)])) for source, labels in pairs]
-        return to_model(collator.fill(rows, 0, Arrays.empty(*collator.sizes))).trimmed()
+        batch = to_model(collator.fill(rows, 0, Arrays.empty(*collator.sizes)))
+        return (batch if self._classes is None else self._classes.batch(batch)).trimmed()
 
     def _encode_sources(self, texts: Sequence[str], prefix: str | None) -> list[np.ndarray]:
         """Sources as ids; an encoder, which must have something to attend to, reads an empty one as one eos."""

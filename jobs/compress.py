@@ -2,7 +2,8 @@
 
 The new run has config.yaml, manifest.json, status.json, one committed checkpoint and compression.json, and is written
 whole or not at all. A structurally pruned checkpoint keeps the optimizer's moments of what remains when it is to
-recover, so training goes on from it as after any other checkpoint.
+recover, so training goes on from it as after any other checkpoint; a recovery that is cut off leaves a run that can be
+resumed, without figures.
 """
 
 from __future__ import annotations
@@ -66,6 +67,25 @@ def compress(
     section, pieces = _compressed(storage, run, before, committed, compression)
     made = compressed_config(config, name, section, committed.step + compression.recover_steps)
     write_compressed(storage, run, name, made, committed, pieces, compression)
+    try:
+        return _measured(storage, name, before, made, committed, compression, report)
+    except BaseException:
+        # Without its figures it would look like a finished run; one that was to recover goes on from where it is.
+        if not compression.recover_steps:
+            storage.remove(name)
+        raise
+
+
+def _measured(
+    storage: Storage,
+    name: str,
+    before: Trained,
+    made: RunConfig,
+    committed: Committed,
+    compression: Compression,
+    report: Callable[[str], None],
+) -> dict[str, Any]:
+    """Train the new run to its last step and add its figures to its RECORD; returns the content."""
     subjects = [
         Subject("before", before),
         Subject(compression.label, load_trained(storage, name, made, committed.step)),

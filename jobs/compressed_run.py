@@ -10,7 +10,7 @@ from typing import Any
 from cluster import commit
 from cluster.commit import Committed
 from cluster.storage import Storage
-from configs.load import to_yaml
+from configs.load import parse_config, to_yaml
 from configs.schema import ModelSection, RunConfig
 from jobs.compression import Compression
 from jobs.references import NAME as REFERENCES
@@ -22,16 +22,18 @@ RECORD = "compression.json"
 
 
 def compressed_config(config: RunConfig, name: str, section: ModelSection, steps: int) -> RunConfig:
-    """The new run's configuration: its name, its model, training that ends where it is; one checkpoint, no mean."""
-    return RunConfig.model_validate(
-        {
-            **config.model_dump(),
-            "run": {**config.run.model_dump(), "name": name},
-            "model": {**section.model_dump(), "init_from": None},
-            "train": {**config.train.model_dump(), "steps": steps},
-            "evaluate": {**config.evaluate.model_dump(), "average_checkpoints": 1},
-        }
-    )
+    """The new run's configuration: its name, its model, training that ends where it is; one checkpoint, no mean.
+
+    It trains as one process: what is compressed fits one, and pruned sizes may not divide over the ranks of before.
+    """
+    tree = json.loads(config.model_dump_json())
+    tree["run"]["name"] = name
+    tree["model"] = {**json.loads(section.model_dump_json()), "init_from": None}
+    tree["train"]["steps"] = steps
+    tree["evaluate"]["average_checkpoints"] = 1
+    tree["parallelism"] |= {"data": 1, "tensor": 1, "pipeline": 1}
+    tree["elastic"] |= {"min_replicas": None, "max_replicas": None}
+    return parse_config(tree, f"the compressed run {name}")
 
 
 def write_compressed(

@@ -29,7 +29,7 @@ def check_comparisons(cells: Sequence[Cell]) -> None:
 
 def in_domain_of(cell: Cell, cells: Sequence[Cell]) -> Cell | None:
     """The cell that a task's drop is counted from, None where none fits."""
-    fitting = (c for c in cells if c.corpus == _wanted(cell) and c.task.headline == cell.task.headline)
+    fitting = (c for c in cells if c.corpus == _wanted(cell) and _judged(c) == _judged(cell))
     return next(fitting, None)
 
 
@@ -74,6 +74,14 @@ def drop(cell: Cell, other: Cell, config: RunConfig) -> Metric | None:
     how = "paired" if pairs else "unpaired"
     label = f"{outside.label} lost against {other.corpus} ({how})"
     return Metric("drop", label, found.value, found.low, found.high, found.n, outside.unit, False)
+
+
+def _judged(cell: Cell) -> tuple[str | None, bool]:
+    """What two first figures must share: SQuAD's exact match, after its normalisation, is another than that of texts
+    as they are.
+    """
+    verbatim = isinstance(cell.task, DataTask) and cell.task.definition.metric == "exact_match"
+    return cell.task.headline, verbatim
 
 
 def _wanted(cell: Cell) -> str | None:

@@ -25,7 +25,7 @@ from jobs.fan_out import RayRunner, Runner
 from jobs.loading import choose_checkpoints
 from jobs.machine import hardware, versions
 from jobs.results import Cell, cell_result, energy_results, inputs_digest, overall_result, samples, table_lines
-from jobs.slices import cut, decoding_of, read_energy, read_rows
+from jobs.slices import cut, decoding_of, is_answered, read_energy, read_rows
 from jobs.tasks.base import TrainingFacts
 from jobs.tasks.from_data import DataTask
 from jobs.tasks.registry import tasks_of
@@ -90,8 +90,11 @@ def evaluate(
         digest = ""
     slices = [piece for cell in cells for piece in cell.slices]
     todo = sorted(
-        (piece for piece in slices if not folder.exists(piece.path)), key=lambda piece: (-piece.cost, piece.key)
+        (piece for piece in slices if not is_answered(folder, piece)), key=lambda piece: (-piece.cost, piece.key)
     )
+    for piece in todo:
+        # Files are written once; one that holds errors makes room for another try.
+        folder.remove(piece.path)
     records = sum(len(cell.examples) for cell in cells)
     report(
         f"evaluating step {step}: {len(cells)} cells, {records} records in {len(slices)} slices, "
@@ -170,7 +173,7 @@ def plan(config: RunConfig, storage: Storage, manifest: Manifest, checkpoint_dig
     }
     cells = []
     for corpus in config.data.corpora:
-        for task in tasks_of(corpus):
+        for task in tasks_of(corpus, config.model.architecture != "encoder"):
             records = read_records(storage, manifest, corpus.name, task.limit(config), config.run.seed)
             examples = task.examples(records, corpus.task, config)
             slices = cut(

@@ -22,7 +22,9 @@ from data.manifest import Manifest
 from data.opener import CacheOpener
 from data.quarantine import shards_named
 from data.state import check_state
+from data.tokenizer import read_tokenizer
 from jobs.batches import to_model
+from jobs.classes import Classes
 from jobs.loop import Batches, Course, LoopEnd, StepRecord, train
 from jobs.machine import hardware, versions
 from jobs.pretrained import initial_parameters
@@ -207,7 +209,8 @@ def run_rank(
             return learning_rate(config.optimizer, config.model.d_model, at, config.train.steps)
 
         progress.beat("data", step)
-        batches: Batches = TorchBatches(loader, progress)
+        classes = Classes(config.model.labels, read_tokenizer(storage, manifest)) if config.model.labels else None
+        batches: Batches = TorchBatches(loader, progress, classes)
         if config.tracking.log_samples and engine.context.speaks:
             batches = sampled = LoggedBatches(batches, storage.child(task.run), task.attempt, task.rank, step)
         end = train(engine, batches, rate, reporter, course, peak_memory_bytes)
@@ -231,10 +234,10 @@ def run_rank(
 
 
 class TorchBatches:
-    """The loader's NumPy micro-batches as the engine's tensors, without a copy on CPU."""
+    """The loader's NumPy micro-batches as the engine's tensors, without a copy on CPU; targets as `classes` if any."""
 
-    def __init__(self, loader: Loader, progress: Progress) -> None:
-        self._loader, self._progress = loader, progress
+    def __init__(self, loader: Loader, progress: Progress, classes: Classes | None = None) -> None:
+        self._loader, self._progress, self._classes = loader, progress, classes
 
     @property
     def data_wait_seconds(self) -> float:
@@ -244,6 +247,8 @@ class TorchBatches:
     def next_step(self) -> list[ModelBatch]:
         """Micro-batches of the next optimizer step."""
         batches = [to_model(batch) for batch in self._loader.next_step()]
+        if self._classes is not None:
+            batches = [self._classes.batch(batch) for batch in batches]
         self._progress.beat("step", self._progress.latest.step)
         return batches
 

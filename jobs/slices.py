@@ -142,5 +142,14 @@ def read_rows(folder: Storage, piece: Slice) -> list[Row] | None:
     return rows
 
 
+def is_answered(folder: Storage, piece: Slice) -> bool:
+    """Whether all rows of a slice have answers; rows with an error are asked again, they may have been out of luck.
+
+    Raises StorageError as `read_rows`.
+    """
+    rows = read_rows(folder, piece)
+    return rows is not None and all(row.error is None for row in rows)
+
+
 def _damaged(folder: Storage, piece: Slice, reason: str) -> StorageError:
     return StorageError(f"{folder.url}/{piece.path}: damaged ({reason}); remove the file and evaluate again")

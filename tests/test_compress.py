@@ -231,6 +231,12 @@ def test_half_written_runs_are_removed(trained, monkeypatch):
     with pytest.raises(OSError, match="no space left"):
         compress(trained, "--quantize", "int8-weight", "--name", "cut-off")
     assert "cut-off" not in trained[0].names()
+    monkeypatch.undo()
+    # So is one whose figures are missing: it would look finished.
+    monkeypatch.setattr("jobs.compress.figures", fails)
+    with pytest.raises(OSError, match="no space left"):
+        compress(trained, "--quantize", "int8-weight", "--name", "cut-off")
+    assert "cut-off" not in trained[0].names()
 
 
 def test_labels_name_runs():

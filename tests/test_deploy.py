@@ -10,7 +10,8 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from configs.load import parse_config
+from cluster.deploy import ray_up
+from configs.load import parse_config, read_yaml
 from jobs.cli import cli
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -188,6 +189,9 @@ def test_ray_takes_the_cluster_file(config, how, tmp_path, monkeypatch):
     where = {"hosts": ("--hosts", "h, a, b"), "aws": ("--region", "eu-west-1", "--instance-type", "p5.48xlarge")}[how]
     tree = yaml.safe_load(deploy(config, "--to", "ray-up", *where))
     validate_config(prepare_config(tree))
+    kept_back = (ROOT / ".rayignore").read_text().split("# Secrets.\n")[1].split("runs/")[0]
+    assert {".env", "*.pem", "id_rsa*"} <= set(tree["rsync_exclude"])
+    assert all(f"{name}/" in kept_back or name in kept_back for name in ray_up.SECRETS)
     assert "make .venv" in tree["setup_commands"][0] and Path(tree["file_mounts"]["~/.ray/auth_token"]).exists()
     assert all("RAY_AUTH_MODE=token" in line for line in tree["head_start_ray_commands"][1:])
     if how == "aws":
@@ -233,7 +237,7 @@ STUBS = {
 def test_the_batch_script_ends_as_the_run_did_and_after_a_notice_goes_back_to_the_queue(
     config, tmp_path, ends, code, queued_again
 ):
-    options = ("--shared", "/", "--storage", tmp_path / "runs", "--set", "run.name=web")
+    options = ("--shared", "/", "--storage", tmp_path / "my runs", "--set", "run.name=web")
     script = deploy(config, "--to", "slurm", *options).replace("export PATH=", f"export PATH={tmp_path}/bin:")
     (tmp_path / "bin").mkdir()
     for name, body in STUBS.items():
@@ -254,4 +258,31 @@ def test_the_batch_script_ends_as_the_run_did_and_after_a_notice_goes_back_to_th
     assert start.split(" -- ")[1].startswith(
         f"telar submit {config} --address http://127.0.0.1:8265 --or-resume --wait"
     )
-    assert others == ([f"telar stop {tmp_path}/runs/web", "scontrol requeue 7"] if queued_again else [])
+    assert others == ([f"telar stop {tmp_path}/my runs/web", "scontrol requeue 7"] if queued_again else [])
+
+
+@pytest.mark.parametrize(("run", "name"), [("Web_1", "web-1"), ("7b-base", "run-7b-base"), ("4e5", "run-4e5")])
+def test_names_that_kubernetes_takes_begin_with_a_letter(config, run, name):
+    options = ("--to", "kuberay", "--image", "i", "--set", f'run.name="{run}"')
+    config_map, job = yaml.safe_load_all(deploy(config, *options))
+    assert job["metadata"]["name"] == name
+    # The run keeps its own, also one that YAML could take for a number.
+    assert load_text(config_map["data"]["config.yaml"]).run.name == run
+
+
+def load_text(text):
+    return parse_config(read_yaml(text), "ConfigMap")
+
+
+def test_a_task_of_this_machine_is_named_as_not_visible(config, tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"question": "a", "answer": "b"}\n')
+    task = {"name": "mine", "kind": "jsonl", "path": "rows.jsonl", "request": "generate", "source": "{question}"}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump({**task, "target": "{answer}", "metric": "exact_match"}))
+    said = deploy(config, "--to", "kuberay", "--image", "i", "--set", "evaluate.tasks=[mine.yaml]", code=2)
+    assert f"evaluate.definitions.mine.path: {tmp_path}/rows.jsonl" in said, said
+
+
+def test_the_command_says_where_the_run_lies(config):
+    _, job = yaml.safe_load_all(deploy(config, "--to", "kuberay", "--image", "i", "--storage", "s3://other/runs"))
+    words = job["spec"]["entrypoint"].split()
+    assert words[words.index("--storage") + 1] == "s3://other/runs"

@@ -222,6 +222,18 @@ def test_a_record_that_fails_is_a_record(storage):
     assert metric(results, "prose", "likelihood", "nll")["n"] == 29
 
 
+def test_rows_with_errors_are_asked_again(storage):
+    with pytest.raises(stage.EvaluationError):
+        run(storage, FakeModel(poison="prose 3"))
+    model = FakeModel()
+    again = run(storage, model)
+    # The slice of that record, as one batch; all others are kept.
+    assert [sorted(set(batch)) for batch in model.batches] == [[f"prose {i}" for i in range(4)]]
+    assert again["slices_reused"] == again["slices"] - 1
+    storage.remove(f"{RUN}/evaluation")
+    assert run(storage, FakeModel())["cells"] == again["cells"]
+
+
 def test_too_many_failed_records_fail_the_cell_and_nothing_is_averaged(storage):
     with pytest.raises(stage.EvaluationError, match=r"likelihood of prose: 1 of 10 records failed.*cannot answer"):
         run(storage, FakeModel(poison="prose 3"))

@@ -24,6 +24,7 @@ from jobs.plan.memory import rank_memory
 from jobs.plan.parameters import parameters_by_part, shape_of
 from jobs.plan.step import step_time
 from jobs.plan.techniques import Techniques, with_assumptions
+from model.mesh import Mesh
 from model.transformer import Transformer, build_layers, build_model
 from tests.test_layout import ROOT
 
@@ -184,6 +185,30 @@ def test_replicas_fill_the_nodes():
     config = make_config()
     assert chosen_layout(config, 8, None).ranks == 1
     assert chosen_layout(config, 8, 3).data == 24
+
+
+@pytest.mark.parametrize(
+    ("sizes", "replicas_per_node", "stages_in_node", "replicas_in_node"),
+    [
+        ((2, 2, 4), 2, True, False),
+        ((8, 4, 2), 1, False, False),
+        ((1, 2, 4), 4, True, True),
+        ((4, 4, 2), 1, False, False),
+    ],
+)
+def test_a_plan_puts_ranks_where_the_mesh_does(sizes, replicas_per_node, stages_in_node, replicas_in_node):
+    gpus, (tensor, pipeline, data) = 8, sizes
+    layout = Layout(*sizes, 1, gpus)
+    mesh = Mesh(data, pipeline, tensor)
+
+    def in_one_node(axis):
+        return all(len({rank // gpus for rank in line}) == 1 for line in mesh.lines(axis))
+
+    # Of the ranks that hold the same part of the model, how many are in a node; the mesh knows where each rank stands.
+    most = max(sum(rank // gpus == 0 for rank in line) for line in mesh.lines("data"))
+    assert layout.replicas_per_node == most == replicas_per_node
+    assert layout.replicas_in_node == in_one_node("data") == replicas_in_node
+    assert layout.stages_in_node == in_one_node("pipeline") == stages_in_node
 
 
 @settings(deadline=None, max_examples=30)

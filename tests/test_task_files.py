@@ -19,6 +19,8 @@ from data.held_out import HeldOut
 from jobs.cli import cli
 from jobs.commands.paths import with_absolute_paths
 from jobs.commands.task_listing import check_tasks, evaluate_overrides
+from jobs.drops import in_domain_of
+from jobs.results import Cell
 from jobs.tasks.base import Choices, Generate, Row, TrainingFacts
 from jobs.tasks.definitions import built_in_names, read_definition, with_definitions
 from jobs.tasks.from_data import DataTask
@@ -121,6 +123,11 @@ def test_dotted_names_go_into_json():
         ("{country} is", "{} is", "source: 'The capital of {} is' has a brace pair that is not a plain field name"),
         ("limit: 3", "columns: [a]", "columns: only kind: csv or tsv or parallel has it"),
         ("limit: 3", "gap: [a, b]", "gap: it names two groups; give group"),
+        (
+            "metric: accuracy",
+            "normalise: byte\nmetric: true_mass",
+            "normalise: scores per byte are no log-probabilities, of which metric: true_mass sums; remove it",
+        ),
         ("limit: 3", "stop: [x]", "stop, max_new_tokens: only request: generate writes"),
         ("name: capitals\n", "", "name: is required; add it"),
         ("name: capitals", "name: a b", "name: 'a b' must consist of letters"),
@@ -306,3 +313,15 @@ def test_evaluate_takes_its_options(tmp_path):
     asked = ["evaluate", "nothing", "--tasks", "all", "--datasets", "sets", "--storage", str(tmp_path)]
     done = CliRunner().invoke(cli, asked)
     assert isinstance(done.exception, ConfigError) and "nothing" in str(done.exception)
+
+
+def test_a_drop_compares_matches_of_the_same_kind():
+    def cell_of(name, metric, compare_with=None):
+        fields = {"request": "generate", "choices": (), "answer": "", "target": "{capital}", "source": "{country}"}
+        task = section(name=name, metric=metric, compare_with=compare_with, **fields)
+        return Cell(name, DataTask(task), [], [])
+
+    normalised, verbatim = cell_of("normalised", "squad"), cell_of("verbatim", "exact_match")
+    assert in_domain_of(cell_of("out", "squad", "normalised"), [normalised, verbatim]) is normalised
+    assert in_domain_of(cell_of("out", "exact_match", "normalised"), [normalised, verbatim]) is None
+    assert in_domain_of(cell_of("out", "exact_match", "verbatim"), [normalised, verbatim]) is verbatim

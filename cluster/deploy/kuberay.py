@@ -39,14 +39,14 @@ def manifest(order: Order, image: str, claim: str | None = None) -> str:
 
 
 def object_name(run: str) -> str:
-    """The run's name in the letters of RFC 1123, at most 40 of them: KubeRay appends its own.
+    """The run's name in the letters of RFC 1035, at most 40 of them: KubeRay makes names of services of it.
 
     Raises ConfigError when nothing is left.
     """
-    name = re.sub(r"[^a-z0-9]+", "-", run.lower()).strip("-")[:40].rstrip("-")
+    name = re.sub(r"[^a-z0-9]+", "-", run.lower()).strip("-")
     if not name:
         raise ConfigError(f"run.name: {run!r} has no letter or digit that Kubernetes takes; choose another name")
-    return name
+    return (name if name[0].isalpha() else f"run-{name}")[:40].rstrip("-")
 
 
 def config_map(order: Order, name: str) -> dict[str, Any]:

@@ -48,6 +48,8 @@ class Order:
     def command(self, config_path: str, overrides: Sequence[str] = ()) -> str:
         """What starts the run on the head, or goes on with it when the cluster is started again."""
         words = ["telar", "submit", config_path, "--address", DASHBOARD, "--or-resume", "--wait"]
+        # Said here, because TELAR_STORAGE of the machine would win over the configuration.
+        words += ["--storage", self.config.run.storage]
         words += [word for override in overrides for word in ("--set", override)]
         return " ".join(shlex.quote(word) for word in words)
 
@@ -96,6 +98,8 @@ def check_visible(config: RunConfig, mount: str | None, reason: str) -> None:
     places += [(f"data.corpora.{corpus.name}.path", corpus.path) for corpus in config.data.corpora]
     places += [(f"data.corpora.{corpus.name}.held_out", corpus.held_out) for corpus in config.data.corpora]
     places += [("data.tokenizer.path", config.data.tokenizer.path)]
+    places += [(f"evaluate.definitions.{task.name}.path", task.path) for task in config.evaluate.definitions]
+    places += [("model.init_from", (config.model.init_from or "").removeprefix("hf:") or None)]
     for field, path in places:
         hub = field.endswith("held_out") and split_protocol(path or "")[0] is None and not (path or "").startswith("/")
         if path is None or hub or split_protocol(path)[0] not in (None, "file", "local"):

@@ -16,6 +16,8 @@ REMOTE_ROOT = "~/telar"
 REMOTE_TOKEN = "~/.ray/auth_token"
 HEAD_TYPE = "m6i.2xlarge"
 HEAD, RANKS = "head", "ranks"
+# Never copied to the machines; .rayignore lists the same for uploads with a job.
+SECRETS = (".env", ".env.*", "*.pem", "*.key", "id_rsa*", "id_ed25519*", ".netrc", ".aws")
 
 
 def manifest(
@@ -40,7 +42,7 @@ def manifest(
         | {
             "auth": {"ssh_user": user},
             "file_mounts": {REMOTE_ROOT: root, REMOTE_TOKEN: token},
-            "rsync_exclude": [".git", ".venv", "runs", "**/__pycache__"],
+            "rsync_exclude": [*SECRETS, ".git", ".venv", "runs", "**/__pycache__"],
             "setup_commands": [
                 f"cd {REMOTE_ROOT} && make .venv",
                 f"chmod 600 {REMOTE_TOKEN}",

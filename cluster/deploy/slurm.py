@@ -6,6 +6,7 @@ queue; it resumes there, at whatever machines it is given.
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Sequence
 
@@ -31,6 +32,7 @@ SCRIPT = """\
 # What your site asks for besides goes before the file's name: sbatch --account=A --partition=P FILE
 set -euo pipefail
 
+run={run}
 cd {root}
 export PATH={root}/.venv/bin:$PATH
 # Only who knows the token of this allocation can use its Ray cluster; the dashboard listens on 127.0.0.1.
@@ -38,7 +40,7 @@ RAY_AUTH_TOKEN="$(head -c 32 /dev/urandom | od -An -vtx1 | tr -d ' \\n')"
 export RAY_AUTH_TOKEN RAY_AUTH_MODE=token RAY_USAGE_STATS_ENABLED=0
 head="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
 
-srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --kill-on-bad-exit=1 \\
+srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --cpus-per-task={cpus} --kill-on-bad-exit=1 \\
   ray symmetric-run --address "$head:{port}" --min-nodes "$SLURM_JOB_NUM_NODES" \\
   --dashboard-port {dashboard_port} --num-cpus {cpus}{num_gpus} -- \\
   {command} &
@@ -46,7 +48,7 @@ steps=$!
 
 # `wait` ends early when the notice comes; the run then commits and ends as stopped.
 noticed=no
-trap 'noticed=yes; telar stop {run} || true' TERM
+trap 'noticed=yes; telar stop "$run" || true' TERM
 wait "$steps" || true
 if [ "$noticed" = yes ]; then
   wait "$steps" || true
@@ -54,7 +56,7 @@ fi
 
 # The run's own record decides: `ray symmetric-run` exits with 0 when Ray did not start.
 code=0
-state="$(telar status {run})" || code=$?
+state="$(telar status "$run")" || code=$?
 echo "$state"
 if [ "$noticed" = yes ] && [ "$code" -eq {stopped} ]; then
   exec scontrol requeue "$SLURM_JOB_ID"
@@ -73,7 +75,8 @@ def script(order: Order, root: str, config_path: str, overrides: Sequence[str], 
     `overrides` of the configuration come before the run's name and storage.
     """
     run = order.config.run
-    fixed = [f"run.name={order.name}", f"run.storage={run.storage}"]
+    # In quotes: YAML takes a name like 4e5 for a number.
+    fixed = [f"run.name={json.dumps(order.name)}"]
     if order.config.cluster.shared_filesystem:
         fixed.append("cluster.shared_filesystem=true")
     machines = order.machines

@@ -12,6 +12,7 @@ from configs.schema import RunConfig
 from jobs.commands.runs import RunPlace
 
 if TYPE_CHECKING:
+    from jobs.loading import Trained
     from model.generation import Choose
 
 REPLACEMENT = "\ufffd"
@@ -68,14 +69,14 @@ def generate_texts(
 
     choice.check()
     config = place.config()
-    if config.model.architecture == "encoder":
-        raise ConfigError(f"{place.url}: an encoder classifies and generates nothing (model.architecture)")
     trained = load_trained(place.storage, place.name, config, step, average)
     tokenizer, model = trained.tokenizer, trained.model
     empty = [number for number, source in enumerate(sources, 1) if not source.strip()]
-    encodes = config.model.architecture == "encoder_decoder"
+    encodes = config.model.architecture != "decoder"
     if empty and encodes:
-        raise ConfigError(f"TEXT {empty[0]} is empty; an encoder-decoder needs a source")
+        raise ConfigError(f"TEXT {empty[0]} is empty; an encoder needs a source")
+    if config.model.architecture == "encoder":
+        return _labels(trained, config, sources, write)
     capacity = config.data.source_tokens if encodes else config.data.target_tokens
     ids = [tokenizer.encode_batch([source], tokenizer.prefix_of(source))[0] for source in sources]
     encoded = [fit_source(each, capacity).tolist() for each in ids]
@@ -109,6 +110,29 @@ def generate_texts(
         }
         for output in outputs
     ]
+
+
+def _labels(
+    trained: Trained, config: RunConfig, sources: Sequence[str], write: Callable[[str], None] | None
+) -> list[dict[str, Any]]:
+    """The likeliest label of each source, with its probability, from a model that classifies."""
+    import numpy as np
+
+    from jobs.answers import ModelAnswers
+    from jobs.tasks.base import Choices
+    from jobs.tasks.choosing import probabilities, scores
+
+    labels = config.model.labels
+    requests = [Choices(source, labels) for source in sources]
+    answers = ModelAnswers(trained.model, trained.tokenizer, config).answer(config.data.corpora[0].name, requests, 1)
+    outputs = []
+    for answer in answers:
+        shares = probabilities(scores(answer))
+        chosen = int(np.argmax(shares))
+        outputs.append({"text": labels[chosen], "probability": float(shares[chosen])})
+        if write is not None:
+            write(f"{labels[chosen]} ({shares[chosen]:.3f})")
+    return outputs
 
 
 def generate_picture(

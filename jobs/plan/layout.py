@@ -13,8 +13,8 @@ from jobs.plan.parameters import shape_of
 class Layout:
     """Ranks along each way of sharing, `gpus_per_node` of them in a node.
 
-    Neighbours are tensor ranks, then replicas, then pipeline stages: the order of DeepSpeed's
-    PipeModelDataParallelTopology and of Megatron-LM.
+    Neighbours are tensor ranks, then pipeline stages, then replicas, as `model.mesh` numbers them: a replica stays in
+    as few nodes as it can. With `replicas_first` replicas come before stages, as in Megatron-LM (of published runs).
     """
 
     tensor: int
@@ -22,11 +22,17 @@ class Layout:
     data: int
     zero: int
     gpus_per_node: int
+    replicas_first: bool = False
 
     @property
     def ranks(self) -> int:
         """All ranks."""
         return self.tensor * self.pipeline * self.data
+
+    @property
+    def ranks_per_replica(self) -> int:
+        """Ranks that hold the model once."""
+        return self.tensor * self.pipeline
 
     @property
     def nodes(self) -> int:
@@ -36,7 +42,18 @@ class Layout:
     @property
     def replicas_per_node(self) -> int:
         """Replicas that have ranks of one stage in the same node."""
-        return max(1, min(self.data, self.gpus_per_node // self.tensor))
+        between = self.tensor if self.replicas_first else self.ranks_per_replica
+        return max(1, min(self.data, self.gpus_per_node // between))
+
+    @property
+    def stages_in_node(self) -> bool:
+        """Whether all stages of a replica lie in one node."""
+        return (self.ranks if self.replicas_first else self.ranks_per_replica) <= self.gpus_per_node
+
+    @property
+    def replicas_in_node(self) -> bool:
+        """Whether all ranks that hold the same part of the model lie in one node."""
+        return (self.tensor * self.data if self.replicas_first else self.ranks) <= self.gpus_per_node
 
     @property
     def settings(self) -> str:

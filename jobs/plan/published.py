@@ -52,7 +52,8 @@ def comparisons() -> list[Comparison]:
             tensor, pipeline = run.get("tensor", 1), run.get("pipeline", 1)
             device = devices[run["device"]]
             data = run["ranks"] // (tensor * pipeline)
-            layout = Layout(tensor, pipeline, data, group["zero"], device.gpus_per_node)
+            replicas_first = group.get("replicas_first", False)
+            layout = Layout(tensor, pipeline, data, group["zero"], device.gpus_per_node, replicas_first)
             techniques = Techniques(**{**group["techniques"], **{k: run[k] for k in ("recompute",) if k in run}})
             step = step_time(config, shape, layout, device, techniques)
             predicted = step.flops_per_rank * _counted(shape, group["counts"]) / 1e12

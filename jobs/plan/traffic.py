@@ -62,7 +62,7 @@ def step_traffic(
         sent = 2.0 * count * rows * tokens * shape.model.d_model * width * techniques.interleave
         if techniques.sequence_parallel:
             sent /= layout.tensor
-        inside = layout.ranks <= layout.gpus_per_node
+        inside = layout.stages_in_node
         rate = device.link_gb_per_second if inside else device.network_gb_per_second
         flows.append(Flow("pipeline", "node" if inside else "network", sent, sent / (rate * 1e9 * LINK_SHARE)))
     if layout.data > 1:
@@ -82,7 +82,7 @@ def _of_replicas(
 ) -> list[Flow]:
     """Gradients out and parameters in, between the ranks that hold the same part of the model."""
     share = (layout.data - 1) / layout.data
-    inside = layout.tensor * layout.data <= layout.gpus_per_node
+    inside = layout.replicas_in_node
     rate = device.link_gb_per_second
     if not inside:
         rate = min(rate, device.network_gb_per_second * layout.replicas_per_node)

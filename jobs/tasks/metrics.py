@@ -185,7 +185,9 @@ def further_metrics(answered: Answered, facts: TrainingFacts, config: RunConfig)
         return [_bleu(answered, config)]
     if task.metric == "accuracy" and _same_candidates(answered) and all(r.sum() == 1 for r in answered.right):
         answers = [int(np.argmax(r)) for r in answered.right]
-        return label_metrics(answered.scores, answers, len(answered.right[0]), None, config)[1:]
+        found = label_metrics(answered.scores, answers, len(answered.right[0]), None, config)[1:]
+        # Of log-likelihoods by byte or token no probabilities are made, so nothing is calibrated.
+        return [m for m in found if m.name != "calibration_error" or task.normalise == "sum"]
     return []
 
 

@@ -26,6 +26,6 @@ TASKS: dict[str, Task] = {
 }
 
 
-def tasks_of(corpus: CorpusSection) -> list[Task]:
-    """Likelihood for every corpus, then the corpus's own task."""
-    return [TASKS[name] for name in dict.fromkeys(["likelihood", corpus.task])]
+def tasks_of(corpus: CorpusSection, writes: bool = True) -> list[Task]:
+    """Likelihood for every corpus of a model that writes, then the corpus's own task."""
+    return [TASKS[name] for name in dict.fromkeys(["likelihood", corpus.task] if writes else [corpus.task])]
