@@ -149,6 +149,9 @@ class TrainSection(Section):
         0.0, ge=0.0, description="factor of the squared logarithm of the softmax's normaliser, added to the loss"
     )
     precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16 keeps fp32 master weights")
+    activation_checkpointing: bool = Field(
+        False, description="keep only what enters each layer and compute the rest again in the backward pass"
+    )
     threads_per_rank: PositiveInt = Field(1, description="CPU threads of one training rank")
 
     @model_validator(mode="after")

@@ -140,6 +140,7 @@ def _whole_model(
     train, seed = config.train, config.run.seed
     layers = build_layers(config.model, seed, train.label_smoothing, train.z_loss, context.tensor)
     module = Transformer(layers, vocabulary_size, config.model, context.tensor)
+    module.recomputes = train.activation_checkpointing
     module.begin(seed, initial)
     module = module.to(device)
     optimizer = build_optimizer(module, config.optimizer)

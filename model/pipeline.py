@@ -163,6 +163,7 @@ def one_stage(
     specs = build_layers(config.model, seed, train.label_smoothing, train.z_loss, context.tensor)
     names = stage_names(config, vocabulary_size)
     stage = Stage([spec for spec in specs if spec.name in names[at]], vocabulary_size, config.model, context.tensor)
+    stage.recomputes = train.activation_checkpointing
     stage.begin(seed, initial)
     # Every rank knows which stages use the matrix, and all of them make the groups.
     sharing = embedding_stages(config, names)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from configs.schema import ModelSection
 from model.batch import Inputs, ModelBatch
@@ -129,6 +130,8 @@ class Transformer(nn.Module):
     ) -> None:
         super().__init__()
         self.section = section
+        # Whether layers are computed again in the backward pass (Chen et al. 2016) instead of keeping what they need.
+        self.recomputes = False
         embedding = vocabulary_matrix(vocabulary_size, section.d_model, tensor)
         self.names = [spec.name for spec in layers]
         built = [spec.build(embedding) for spec in layers]
@@ -181,8 +184,14 @@ class Transformer(nn.Module):
     def passed(self, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """What `state` becomes in these layers, the head left out."""
         for name in self.names:
-            if name != HEAD:
-                state = getattr(self, name)(state)
+            if name == HEAD:
+                continue
+            layer = getattr(self, name)
+            if self.recomputes and self.training and isinstance(layer, SelfAttentionLayer | DecoderLayer):
+                # Dropout is a function of its key, so there is no state of a generator to put back.
+                state = checkpoint(layer, state, use_reentrant=False, preserve_rng_state=False)
+            else:
+                state = layer(state)
         return state
 
     def forward(self, inputs: Inputs, key: Tensor | None, labels: Tensor, loss_weight: Tensor) -> LossSums:

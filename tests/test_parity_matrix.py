@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from model.layers import SelfAttentionLayer
 from model.transformer import build_model
 from tests.gloo_pool import gloo_pool  # noqa: F401
 from tests.test_engine import RATE, STEPS, VOCABULARY, make_batch, make_config, train_with_engine
@@ -162,3 +163,46 @@ def test_bf16_follows_fp32(gloo_pool, shape):  # noqa: F811
     for result, (loss, norm, _) in zip(found[0], history, strict=True):
         assert result.loss == pytest.approx(loss, abs=2e-2)
         assert result.grad_norm == pytest.approx(norm, rel=5e-2)
+
+
+def recomputing(config):
+    train = config.train.model_copy(update={"activation_checkpointing": True})
+    return config.model_copy(update={"train": train})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("model", "shape"),
+    [("pairs", DP2), ("pairs", Shape(data=2, zero=3)), ("pairs", PP2), ("llama", ALL_AXES)],
+    ids=lambda value: str(value),
+)
+def test_layers_that_are_computed_again_give_the_same(gloo_pool, model, shape):  # noqa: F811
+    """With dropout: the same masks are drawn again."""
+    history, expected = trained_plainly(model, 0.1)
+    config = recomputing(config_of(model, shape, 0.1))
+    for results, parameters, _ in gloo_pool.run(shape.ranks, train_with_engine, config, MICRO_BATCHES):
+        for result, (loss, norm, _) in zip(results, history, strict=True):
+            assert (result.loss, result.grad_norm) == (pytest.approx(loss, rel=1e-5), pytest.approx(norm, rel=1e-5))
+        for name, value in expected.items():
+            assert abs(parameters[name] - value).max() < 1e-4, name
+
+
+def test_layers_are_computed_again_and_only_in_training():
+    config = config_of("pairs", Shape(), 0.1)
+    model, batch = build_model(config.model, VOCABULARY, 1), make_batch(0, 1)
+    calls = []
+    for layer in model.layers(SelfAttentionLayer):
+        layer.register_forward_pre_hook(lambda *_: calls.append(1))
+    arguments = (batch.inputs, torch.tensor([1, 0]), batch.labels, batch.loss_weight)
+    gradients = []
+    for recomputes in (False, True):
+        model.recomputes = recomputes
+        model.zero_grad()
+        calls.clear()
+        model(*arguments).loss.backward()
+        assert len(calls) == (1 + recomputes) * config.model.encoder_layers
+        gradients.append([parameter.grad.clone() for parameter in model.parameters()])
+    assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
+    calls.clear()
+    model.eval()(*arguments).loss.backward()
+    assert len(calls) == config.model.encoder_layers

@@ -17,7 +17,7 @@ from jobs.plan.devices import find_device
 from jobs.plan.duration import in_words, parse_duration
 from jobs.plan.make import Plan, Question, make_plan
 from jobs.plan.published import comparisons
-from jobs.plan.techniques import Techniques, with_assumptions
+from jobs.plan.techniques import techniques_of, with_assumptions
 from jobs.plan.text import as_text, published_table, terminal_width
 
 
@@ -44,7 +44,7 @@ def plan(
             find_device(device or ("cpu" if config.cluster.device == "cpu" else "h100")),
             nodes,
             gpus_per_node,
-            with_assumptions(Techniques(), assumed),
+            with_assumptions(techniques_of(config), assumed),
             None if mtbf is None else parse_duration(mtbf, "--mtbf"),
             None if simulate is None else parse_duration(simulate, "--simulate"),
             seed,

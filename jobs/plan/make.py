@@ -20,7 +20,7 @@ from jobs.plan.layout import chosen_layout
 from jobs.plan.parameters import Shape, parameters_by_part, shape_of
 from jobs.plan.ranking import Candidate, candidate, ranked
 from jobs.plan.simulation import Simulation, simulate
-from jobs.plan.techniques import Techniques
+from jobs.plan.techniques import Techniques, techniques_of
 
 # Some seconds of computing.
 MOST_FAILURES = 1_000_000
@@ -73,7 +73,9 @@ def make_plan(config: RunConfig, question: Question) -> Plan:
         "idle_ranks": ranks - layout.ranks,
         "techniques": techniques.model_dump(),
         "assumed": {
-            name: value for name, value in techniques.model_dump().items() if value != getattr(Techniques(), name)
+            name: value
+            for name, value in techniques.model_dump().items()
+            if value != getattr(techniques_of(config), name)
         },
         "parameters": {**parts, "total": sum(parts.values())},
         "flops": {

@@ -13,6 +13,7 @@ from pydantic import Field, ValidationError
 
 from configs.errors import ConfigError
 from configs.load import read_yaml
+from configs.schema import RunConfig
 from configs.section import PositiveInt, Section
 
 
@@ -34,6 +35,11 @@ class Techniques(Section):
     interleave: PositiveInt = Field(1, description="chunks of layers per pipeline rank (Narayanan et al. 2021, 2.2)")
     overlap: bool = Field(False, description="data-parallel communication runs beside the backward pass")
     gradient_bytes: Literal[2, 4] = Field(4, description="bytes per gradient that is communicated")
+
+
+def techniques_of(config: RunConfig) -> Techniques:
+    """What Telar does under this configuration."""
+    return Techniques(recompute="full" if config.train.activation_checkpointing else "none")
 
 
 def with_assumptions(techniques: Techniques, assumed: Sequence[str]) -> Techniques:
