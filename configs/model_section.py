@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 
@@ -69,20 +69,14 @@ class ModelSection(Section):
         description="hf:DIR, a directory of transformers in Llama's layout (any fsspec URL) whose weights the run "
         "starts from; sizes, kinds and tokenizer that are not given are taken from it",
     )
-    classes: PositiveInt = Field(2, description="encoder: classes that the head tells apart")
+    classes: PositiveInt | None = Field(
+        None, description="encoder: classes that the head tells apart; default: as many as labels, else 2"
+    )
     labels: tuple[str, ...] = Field(
         (),
-        description="encoder: the targets that stand for the classes, in their order; needed to train one, and "
-        "sets classes",
+        description="encoder: the targets that stand for the classes, in their order; needed to train one",
     )
     pooling: Literal["mean", "first"] = Field("mean", description="encoder: what of a text's outputs is classified")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _labels_are_classes(cls, tree: Any) -> Any:
-        if isinstance(tree, dict) and isinstance(tree.get("labels"), list | tuple) and tree["labels"]:
-            return {"classes": len(tree["labels"]), **tree}
-        return tree
 
     @model_validator(mode="after")
     def _labels_fit(self) -> ModelSection:
@@ -94,7 +88,7 @@ class ModelSection(Section):
             )
         if len(self.labels) < 2 or len(set(self.labels)) < len(self.labels) or not all(self.labels):
             raise ValueError(f"labels: {list(self.labels)} must be two or more different texts, none empty")
-        if self.classes != len(self.labels):
+        if self.classes not in (None, len(self.labels)):
             raise ValueError(f"classes: {self.classes} for {len(self.labels)} labels; remove classes")
         return self
 
@@ -135,6 +129,11 @@ class ModelSection(Section):
         if self.init_from is not None and not re.fullmatch("hf:.+", self.init_from):
             raise ValueError(f"init_from: {self.init_from!r} must be hf:DIR, a directory of Hugging Face transformers")
         return self
+
+    @property
+    def class_count(self) -> int:
+        """Classes of an encoder's head."""
+        return self.classes or len(self.labels) or 2
 
     @property
     def heads_of_keys(self) -> int:

@@ -12,6 +12,7 @@ from pydantic import Field, field_validator, model_validator
 from configs.data_section import CorpusSection, DataSection, TokenizerSection, WeightChange
 from configs.images_section import ImagesSection
 from configs.model_section import AttentionSection, ModelSection
+from configs.offload_section import OffloadSection
 from configs.pipeline_limits import pipeline_problem
 from configs.section import NAME_PATTERN, Fraction, PositiveInt, Section
 from configs.task_section import TaskSection
@@ -83,6 +84,9 @@ class ParallelismSection(Section):
     )
     zero_stage: Literal[1, 2, 3] = Field(
         1, description="what replicas shard: 1 optimizer states, 2 gradients too, 3 parameters too"
+    )
+    offload: OffloadSection = Field(
+        default_factory=OffloadSection, description="what lies in host memory; zero_stage 3"
     )
 
     @property
@@ -361,6 +365,22 @@ class RunConfig(Section):
             raise ValueError(
                 f"elastic: min_replicas = {least}, parallelism.data = {usual} and max_replicas = {most} must not "
                 "decrease in this order; lower elastic.min_replicas or raise elastic.max_replicas"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _states_can_be_offloaded(self) -> RunConfig:
+        if not self.parallelism.offload.active:
+            return self
+        if self.parallelism.zero_stage != 3:
+            raise ValueError(
+                f"parallelism.offload: zero_stage {self.parallelism.zero_stage} keeps states on the device; set "
+                "parallelism.zero_stage to 3 (with pipeline 1), or remove offload"
+            )
+        if self.optimizer.name == "muon":
+            raise ValueError(
+                "parallelism.offload: muon multiplies whole matrices on the device; set optimizer.name to adam, or "
+                "remove offload"
             )
         return self
 

@@ -32,6 +32,14 @@ def deepspeed_config(config: RunConfig) -> dict[str, Any]:
         "steps_per_print": 2**31,
         "wall_clock_breakdown": False,
     }
+    offload = config.parallelism.offload
+    if offload.active:
+        # Ours is torch's Adam, which computes the same wherever its tensors lie.
+        result["zero_force_ds_cpu_optimizer"] = False
+    if offload.optimizer == "cpu":
+        result["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
+    if offload.parameters == "cpu":
+        result["zero_optimization"]["offload_param"] = {"device": "cpu", "pin_memory": True}
     if config.parallelism.pipeline > 1:
         # Its default sends a tensor rank's share of what crosses to the next stage, and can do so for one tensor only.
         result["pipeline"] = {"pipe_partitioned": False, "grad_partitioned": False}

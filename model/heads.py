@@ -68,7 +68,7 @@ class ClassHead(nn.Module):
 
     def __init__(self, model: ModelSection, label_smoothing: float = 0.0) -> None:
         super().__init__()
-        self.projection = nn.Linear(model.d_model, model.classes)
+        self.projection = nn.Linear(model.d_model, model.class_count)
         self.pooling, self.label_smoothing = model.pooling, label_smoothing
 
     def scores(self, inputs: tuple[Tensor, ...]) -> Tensor:

@@ -1,9 +1,12 @@
 """The engine against a plain single-process PyTorch loop: every ZeRO stage, uneven micro-batches, dropout, stop."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 
+from configs.errors import ConfigError
 from configs.load import parse_config
 from configs.schema import RunConfig
 from model.batch import ModelBatch
@@ -304,3 +307,42 @@ def test_the_deepspeed_dictionary():
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
     }
+
+
+def offloaded(config, **fields):
+    tree = json.loads(config.model_dump_json())
+    tree["parallelism"]["offload"] = fields
+    return parse_config(tree, "test")
+
+
+def test_offloaded_states_in_the_dictionary():
+    config = offloaded(make_config(zero_stage=3), optimizer="cpu", parameters="cpu")
+    found = deepspeed_config(config)
+    assert found["zero_force_ds_cpu_optimizer"] is False
+    there = {"device": "cpu", "pin_memory": True}
+    plain = deepspeed_config(make_config(zero_stage=3))["zero_optimization"]
+    assert found["zero_optimization"] == {**plain, "offload_optimizer": there, "offload_param": there}
+
+
+@pytest.mark.parametrize(
+    ("changes", "fields", "words"),
+    [
+        ({"zero_stage": 2}, {"optimizer": "cpu"}, "parallelism.offload: zero_stage 2 keeps states on the device; set"),
+        ({"zero_stage": 3}, {"parameters": "nvme"}, "parallelism.offload.parameters: nvme is not supported"),
+    ],
+)
+def test_what_cannot_be_offloaded_is_named(changes, fields, words):
+    with pytest.raises(ConfigError, match=words):
+        offloaded(make_config(**changes), **fields)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fields", [{"optimizer": "cpu"}, {"optimizer": "cpu", "parameters": "cpu"}], ids=len)
+def test_offloaded_states_train_the_same(gloo_pool, fields):  # noqa: F811
+    config = make_config(zero_stage=3, dropout=0.1)
+    (expected, parameters, _), _ = gloo_pool.run(2, train_with_engine, config, 4)
+    for results, found, _ in gloo_pool.run(2, train_with_engine, offloaded(config, **fields), 4):
+        for result, wanted in zip(results, expected, strict=True):
+            assert result.loss == pytest.approx(wanted.loss, rel=1e-6)
+            assert result.grad_norm == pytest.approx(wanted.grad_norm, rel=1e-6)
+        assert all(abs(found[name] - value).max() < 1e-5 for name, value in parameters.items())

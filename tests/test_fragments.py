@@ -16,7 +16,7 @@ from model.engine import create_engine
 from model.fragments import STATES, fragments, restore
 from model.transformer import build_model
 from tests.gloo_pool import gloo_pool  # noqa: F401
-from tests.test_engine import RATE, VOCABULARY, gathered, make_config, share
+from tests.test_engine import RATE, VOCABULARY, gathered, make_config, offloaded, share
 
 SAVED, LAST, COUNT = 3, 6, 4
 
@@ -174,3 +174,14 @@ def load_another_model(config, folder):
 
 def test_a_checkpoint_of_another_model_is_refused_by_name(gloo_pool, two_ranks_stage_1):  # noqa: F811
     gloo_pool.run(1, load_another_model, make_config(), str(two_ranks_stage_1[0]))
+
+
+@pytest.mark.slow
+def test_offloaded_states_are_saved_and_loaded(gloo_pool, two_ranks_stage_1, tmp_path):  # noqa: F811
+    config = offloaded(make_config(dropout=0.1, zero_stage=3), optimizer="cpu", parameters="cpu")
+    losses, parameters, _, _ = saved(gloo_pool, config, 2, tmp_path)
+    for found, end in gloo_pool.run(2, load_and_go_on, config, str(tmp_path), True):
+        assert found == losses
+        assert all((end[name] == value).all() for name, value in parameters.items())
+    folder, losses, _, _, _ = two_ranks_stage_1
+    assert gloo_pool.run(3, load_and_go_on, config, str(folder))[0][0] == pytest.approx(losses, abs=1e-5)

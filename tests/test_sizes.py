@@ -37,4 +37,5 @@ def test_parameters_are_those_of_the_paper(name):
 
 
 def test_every_configuration_is_checked_here():
-    assert {path.stem for path in (ROOT / "configs").glob("*.yaml")} == {*PUBLISHED, "smoke", "text_to_image"}
+    own = {"smoke", "text_to_image", "sentiment_encoder"}
+    assert {path.stem for path in (ROOT / "configs").glob("*.yaml")} == {*PUBLISHED, *own}

@@ -90,6 +90,13 @@ def _stage(config: RunConfig, shape: Shape, layout: Layout, techniques: Techniqu
         gradients = parameters * 4 / replicas
     # Master and two moments in fp32; Muon keeps one moment of its matrices.
     optimizer = (12 * parameters - 4 * muon) / replicas
+    offload = config.parallelism.offload
+    if layout.zero == 3 and config.cluster.device != "cpu":
+        if offload.optimizer == "cpu":
+            # Sums of gradients go to the host with the states that they update.
+            optimizer = gradients = 0.0
+        if offload.parameters == "cpu":
+            held = 0.0
     in_flight = min(layout.pipeline if first else 1, -(-micro_batches(config) // layout.data))
     activations = in_flight * _saved(config, shape, layout, techniques, layers)
     if techniques.interleave > 1 and layout.pipeline > 1 and first:

@@ -73,7 +73,7 @@ class Shape:
     @property
     def head_outputs(self) -> int:
         """Scores that the head gives at each of them."""
-        return self.vocabulary if self.model.architecture != "encoder" else self.model.classes
+        return self.vocabulary if self.model.architecture != "encoder" else self.model.class_count
 
 
 def shape_of(config: RunConfig) -> Shape:
@@ -111,7 +111,7 @@ def parameters_by_part(shape: Shape) -> dict[str, int]:
         ends = 1 if model.norm_placement == "pre" else 0
         parts[f"{stack.name} norms"] = (stack.depth * stack.norms + ends) * _norm(model)
     if model.architecture == "encoder":
-        parts["classifier"] = (model.d_model + 1) * model.classes
+        parts["classifier"] = (model.d_model + 1) * model.class_count
     elif not model.tie_embeddings:
         parts["head"] = shape.vocabulary * model.d_model
     return {name: count for name, count in parts.items() if count}
