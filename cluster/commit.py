@@ -136,13 +136,35 @@ def read_commit(checkpoints: Storage, step: int) -> Committed:
         raise CheckpointError(f"{checkpoints.url}/{name}: damaged ({error})") from error
     if xxhash.xxh3_128_hexdigest(text) != digest:
         raise CheckpointError(f"{checkpoints.url}/{folder}/MANIFEST.json: content does not match the digest in COMMIT")
-    manifest = json.loads(text)
+    try:
+        manifest = json.loads(text)
+        if not isinstance(manifest, dict):
+            raise TypeError("no mapping")
+        if manifest.get("format") == FORMAT_VERSION:
+            _check_files(manifest["files"])
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{checkpoints.url}/{folder}/MANIFEST.json: is no manifest ({error})") from error
     if manifest.get("format") != FORMAT_VERSION:
         raise CheckpointError(
             f"{checkpoints.url}/{folder}/MANIFEST.json: format {manifest.get('format')}, this version reads "
             f"{FORMAT_VERSION}"
         )
     return Committed(step, attempt, folder, manifest, digest)
+
+
+def _check_files(entries: object) -> None:
+    """Raise ValueError or TypeError unless these are records of rank files with the names that ranks give them.
+
+    So no name that a manifest holds leads anywhere else.
+    """
+    if not isinstance(entries, list):
+        raise TypeError("files: no list")
+    for entry in entries:
+        file = RankFile(**entry)
+        if not all(type(number) is int and number >= 0 for number in (file.rank, file.bytes)):
+            raise ValueError(f"files: {entry} has no natural numbers for rank and bytes")
+        if file.path != rank_file_name(file.rank):
+            raise ValueError(f"files: rank {file.rank} cannot have a file {file.path!r}")
 
 
 def committed_steps(checkpoints: Storage) -> list[int]:
@@ -166,15 +188,16 @@ def latest(checkpoints: Storage) -> tuple[Committed | None, list[str]]:
     return None, passed_over
 
 
-def prune(checkpoints: Storage, keep: int) -> list[int]:
-    """Remove all but the newest `keep` committed steps, COMMIT first so that no half-removed step looks valid.
+def prune(checkpoints: Storage, keep: int, keep_every: int | None = None) -> list[int]:
+    """Remove all but the newest `keep` valid steps and multiples of `keep_every`, COMMIT first: no half-removed step
+    looks valid.
 
-    Folders of uncommitted steps below the newest commit go too. Returns the steps removed.
+    Folders of uncommitted steps below the newest valid commit go too. Returns the steps removed.
     """
-    committed = committed_steps(checkpoints)
+    committed = [step for step in committed_steps(checkpoints) if _is_valid(checkpoints, step)]
     if not committed:
         return []
-    kept = set(committed[-keep:])
+    kept = {*committed[-keep:], *(step for step in committed if keep_every and step % keep_every == 0)}
     removed = []
     for name in checkpoints.names():
         match = STEP.fullmatch(name)

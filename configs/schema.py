@@ -174,6 +174,10 @@ class CheckpointSection(Section):
 
     every_steps: PositiveInt = Field(500, description="optimizer steps between commits; the last step commits too")
     keep: PositiveInt = Field(3, description="newest valid checkpoints that stay")
+    stall_seconds: float = Field(
+        300.0, gt=0.0, description="an upload that storage takes no byte of for so long is given up, training goes on"
+    )
+    keep_every: PositiveInt | None = Field(None, description="checkpoints of multiples of so many steps stay too")
 
 
 class ElasticSection(Section):

@@ -44,8 +44,8 @@ class Attempt:
         self._started = False
         self._hung: list[int] = []
         elastic = config.elastic
-        storage_seconds = config.data.fetch_timeout_seconds
-        self._watch = HangWatch(len(calls), elastic.hang_seconds, elastic.start_timeout_seconds, storage_seconds)
+        waits = config.data.fetch_timeout_seconds, config.checkpoint.stall_seconds
+        self._watch = HangWatch(len(calls), elastic.hang_seconds, elastic.start_timeout_seconds, *waits)
         # The error that ends the run, where a rank raised one that it would raise again.
         self.fatal: TelarError | None = None
 

@@ -140,8 +140,9 @@ class Ledger:
         total = sum(part.bytes for part in files.values())
         self.event("committed", step=step, attempt=attempt, bytes=total)
         self.update(last_commit_step=step, last_commit_unix_seconds=time.time())
+        settings = self._config.checkpoint
         try:
-            removed = commit.prune(self.checkpoints, self._config.checkpoint.keep)
+            removed = commit.prune(self.checkpoints, settings.keep, settings.keep_every)
         except (StorageError, OSError) as error:
             self.event("prune_failed", detail=str(error))
             self.say(f"old checkpoints could not be removed: {error}")

@@ -36,12 +36,15 @@ class HangWatch:
     where all answer, that are furthest behind.
     """
 
-    def __init__(self, ranks: int, floor_seconds: float, first_seconds: float, storage_seconds: float) -> None:
-        """`first_seconds` is allowed until the first step is done, `storage_seconds` more while a rank waits for data
-        or an upload."""
+    def __init__(
+        self, ranks: int, floor_seconds: float, first_seconds: float, data_seconds: float, storage_seconds: float
+    ) -> None:
+        """`first_seconds` is allowed until the first step is done, `data_seconds` more while a rank waits for data,
+        `storage_seconds` more while one waits for an upload, which gives itself up in that time."""
         self._beats: list[Beat | None] = [None] * ranks
         self._changed, self._heard = [0.0] * ranks, [0.0] * ranks
-        self._floor, self._first, self._storage = floor_seconds, first_seconds, storage_seconds
+        self._floor, self._first = floor_seconds, first_seconds
+        self._more = {"data": data_seconds, "storage": storage_seconds}
         self._seconds: deque[float] = deque(maxlen=STEPS_REMEMBERED)
 
     def step_took(self, seconds: float) -> None:
@@ -64,8 +67,8 @@ class HangWatch:
         if not self._seconds:
             return max(self._floor, self._first)
         seconds = max(self._floor, PATIENCE * max(self._seconds))
-        waits = any(beat is not None and beat.doing in ("data", "storage") for beat in self._beats)
-        return seconds + (self._storage if waits else 0.0)
+        waits = [self._more.get(beat.doing, 0.0) for beat in self._beats if beat is not None]
+        return seconds + max(waits, default=0.0)
 
     def hung(self, at: float) -> list[int]:
         """The ranks that stop the attempt, when some rank gave no sign of life for the deadline; else none."""

@@ -6,7 +6,6 @@ import logging
 import resource
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +29,7 @@ from jobs.machine import hardware, versions
 from jobs.pretrained import initial_parameters
 from jobs.progress import Progress
 from jobs.sample_log import LoggedBatches
+from jobs.upload import Upload
 from model.batch import ModelBatch
 from model.checkpoint import CheckpointReader, serialized, snapshot, write_snapshot
 from model.engine import Engine, create_engine
@@ -83,8 +83,7 @@ class RankReporter:
         self._checkpoints = Storage(task.storage_url).child(task.run, "checkpoints")
         # The state of the data after the steps done so far; set before the first step.
         self.data_state: Callable[[], dict[str, Any]] | None = None
-        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint-writer")
-        self._writing: Future | None = None
+        self._upload: Upload | None = None
 
     def request_stop(self) -> None:
         """Ask the loop to commit and leave after the step it is in; may be called from any thread."""
@@ -108,8 +107,8 @@ class RankReporter:
         self._progress.beat("storage", step)
         self._wait()
         self._progress.beat("step", step)
-        copies = snapshot(self._engine)
-        self._writing = self._writer.submit(self._write, copies, step, tokens, self.data_state())
+        copies, data_state = snapshot(self._engine), self.data_state()
+        self._upload = Upload(step, lambda upload: self._write(upload, copies, tokens, data_state))
         self._progress.beat("data", step)
 
     def _remember(self, step: int, tokens: int) -> None:
@@ -123,20 +122,28 @@ class RankReporter:
     def close(self) -> None:
         """Wait for the last upload and pass on its error, if it had one."""
         self._wait()
-        self._writer.shutdown()
 
     def _wait(self) -> None:
-        if self._writing is not None:
-            self._writing.result()
-            self._writing = None
+        upload, self._upload = self._upload, None
+        if upload is None:
+            return
+        seconds, step = self._task.config.checkpoint.stall_seconds, self._progress.latest.step
+        if not upload.wait(seconds, lambda: self._progress.beat("storage", step)):
+            self._messages.problem(
+                f"rank {self._task.rank} gave up writing its part of step {upload.step}: storage took nothing for "
+                f"{seconds:g} s (checkpoint.stall_seconds); training goes on"
+            )
 
-    def _write(self, copies: Any, step: int, tokens: int, data_state: dict[str, Any]) -> None:
-        task = self._task
+    def _write(self, upload: Upload, copies: Any, tokens: int, data_state: dict[str, Any]) -> None:
+        task, step = self._task, upload.step
         try:
-            file = write_snapshot(self._checkpoints, step, task.attempt, task.rank, copies)
+            file = write_snapshot(self._checkpoints, step, task.attempt, task.rank, copies, moved=upload.moved)
+            if upload.given_up:
+                return
         except (StorageError, OSError) as error:
             # This checkpoint is lost, not the run: the step stays uncommitted and the one before it the latest.
-            self._messages.problem(f"rank {task.rank} could not write its part of step {step}: {error}")
+            if not upload.given_up:
+                self._messages.problem(f"rank {task.rank} could not write its part of step {step}: {error}")
             return
         extra = {
             "run": task.run,

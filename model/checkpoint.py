@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 import xxhash
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from cluster.commit import CheckpointError, Committed, DamagedCheckpoint, RankFile, attempt_folder, rank_file_name
@@ -48,10 +48,12 @@ def write_snapshot(
     rank: int,
     owned: Sequence[Fragment],
     extra: dict[str, str] | None = None,
+    moved: Callable[[int], None] = lambda count: None,
 ) -> RankFile:
     """Stream a snapshot into this rank's file below the attempt's folder; returns its record for `cluster.commit`.
 
-    `extra` goes into the file's metadata. Uncommitted until the controller commits; raises StorageError.
+    `extra` goes into the file's metadata; `moved` hears of bytes that the store took. Uncommitted until the controller
+    commits; raises StorageError.
     """
     name = rank_file_name(rank)
     digest, size = xxhash.xxh3_128(), 0
@@ -60,6 +62,7 @@ def write_snapshot(
             file.write(block)
             digest.update(block)
             size += len(block)
+            moved(len(block))
     return RankFile(rank, name, size, digest.hexdigest())
 
 
@@ -122,7 +125,14 @@ class CheckpointReader:
         self._ranges: dict[tuple[str, str], list[_Range]] = {}
         try:
             for record in committed.manifest["files"]:
-                self._add(self._verified(checkpoints, RankFile(**record)))
+                file = RankFile(**record)
+                path = self._verified(checkpoints, file)
+                try:
+                    self._add(path)
+                except (SafetensorError, ValueError, KeyError, TypeError, AssertionError, RecursionError) as error:
+                    raise DamagedCheckpoint(
+                        f"{checkpoints.url}/{committed.folder}/{file.path}: is no file of fragments ({error})"
+                    ) from error
         except BaseException:
             self.close()
             raise
@@ -162,6 +172,19 @@ class CheckpointReader:
             found[name].add(state)
         return found
 
+    def check_complete(self) -> None:
+        """Raise CheckpointError naming a parameter of whose state there is less than the parameter's shape asks for.
+
+        Packed matrices are in forms of their own and are not counted.
+        """
+        for (name, state), ranges in self._ranges.items():
+            size, held = torch.Size(self._shapes[name]).numel(), sum(stored.numel for stored in ranges)
+            if (name, WEIGHT) in self._ranges and held != size:
+                raise CheckpointError(
+                    f"{self.committed.folder}: {state} of {name!r} holds {held} of {size} elements; the checkpoint is "
+                    "incomplete"
+                )
+
     def stored(self, name: str, state: str) -> Tensor:
         """A whole flat state in the type that it was written in, for states that one fragment holds.
 
@@ -187,8 +210,15 @@ class CheckpointReader:
                 f"{self.committed.folder}: no {state} of {name!r}; it was trained with another optimizer.name: "
                 "set that one, or start a new run"
             )
-        result, filled = torch.empty(numel, dtype=torch.float32), 0
         ranges = self._ranges.get((name, state), ())
+        held_elements = sum(stored.numel for stored in ranges)
+        if held_elements < numel:
+            # Said before memory is taken: the shape is what the file claims.
+            raise CheckpointError(
+                f"{self.committed.folder}: {state} of {name!r} holds {held_elements} elements, {numel} are needed; the "
+                "checkpoint is incomplete"
+            )
+        result, filled = torch.empty(numel, dtype=torch.float32), 0
         wanted = list(pieces(block_of(self._shapes[name], part), start, numel)) if ranges else []
         for stored in ranges:
             file = self._files[stored.file]
@@ -237,14 +267,22 @@ class CheckpointReader:
         file = safe_open(path, framework="pt")
         number = len(self._files)
         self._files.append(file)
-        for name, shape in json.loads(file.metadata()["shapes"]).items():
-            self._shapes[name] = tuple(shape)
-        parts = {name: Part(*part) for name, part in json.loads(file.metadata().get("parts", "{}")).items()}
+        metadata = file.metadata() or {}
+        for name, shape in json.loads(metadata["shapes"]).items():
+            self._shapes[name] = _natural(shape)
+        parts = {name: Part(*_natural(part)) for name, part in json.loads(metadata.get("parts", "{}")).items()}
         for key in file.keys():  # noqa: SIM118  (not a dict)
             name, state, start = key.split("|")
             ranges = self._ranges.setdefault((name, state), [])
             block = block_of(self._shapes[name], parts.get(name))
             ranges.append(_Range(int(start), file.get_slice(key).get_shape()[0], number, key, block))
+
+
+def _natural(numbers: Any) -> tuple[int, ...]:
+    """Sizes or places as a file gives them; raises ValueError for anything but natural numbers."""
+    if not isinstance(numbers, list) or not numbers or not all(type(n) is int and n >= 0 for n in numbers):
+        raise ValueError(f"{str(numbers)[:100]} are no natural numbers")
+    return tuple(numbers)
 
 
 def _read(file: Any, key: str, offset: int, held: Block, wanted: Block) -> Tensor:

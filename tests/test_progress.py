@@ -12,7 +12,7 @@ from tests.test_end_to_end import TINY
 
 
 def watch_of(ranks=2, floor=4.0):
-    return HangWatch(ranks, floor_seconds=floor, first_seconds=100.0, storage_seconds=50.0)
+    return HangWatch(ranks, floor_seconds=floor, first_seconds=100.0, data_seconds=50.0, storage_seconds=90.0)
 
 
 def hear(watch, at, *beats):
@@ -56,6 +56,8 @@ def test_the_deadline_follows_the_steps_and_what_waits_for_storage():
     assert watch.deadline_seconds() == 30.0
     hear(watch, 1.0, (3, "step"), (3, "data"))
     assert watch.deadline_seconds() == 80.0
+    hear(watch, 1.0, (3, "storage"), (3, "data"))
+    assert watch.deadline_seconds() == 120.0
     for _ in range(60):
         watch.step_took(1.0)
     hear(watch, 1.0, (3, "step"), (3, "step"))

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import shutil
-import uuid
-from pathlib import Path
 from typing import Any
 
-from configs.errors import ConfigError
+from jobs.commands.folders import new_folder
 from jobs.commands.runs import RunPlace
 
 
@@ -24,38 +21,29 @@ def export_run(place: RunPlace, folder: str, step: int | None = None, average: i
     from model.export import SpecialTokens, export
     from model.quantize import dense_parameters
 
-    target = Path(folder)
-    if target.exists():
-        raise ConfigError(f"DIR: {folder} exists; name a folder that does not, nothing is overwritten")
-    config = place.config()
-    trained = load_trained(place.storage, place.name, config, step, average)
-    tokenizer, data, parameters = trained.tokenizer, config.data, dense_parameters(trained.model)
-    exported = export(
-        config.model,
-        parameters,
-        trained.manifest.vocabulary_size,
-        SpecialTokens(tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id),
-        # Positions of the source and of the target alike; a decoder also reads bos.
-        positions=max(data.source_tokens, data.target_tokens) + 1,
-    )
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}-{uuid.uuid4().hex}")
-    try:
-        temporary.mkdir()
-        save_file(exported.tensors, temporary / "model.safetensors", metadata={"format": "pt"})
+    with new_folder(folder) as made:
+        config = place.config()
+        trained = load_trained(place.storage, place.name, config, step, average)
+        tokenizer, data, parameters = trained.tokenizer, config.data, dense_parameters(trained.model)
+        exported = export(
+            config.model,
+            parameters,
+            trained.manifest.vocabulary_size,
+            SpecialTokens(tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id),
+            # Positions of the source and of the target alike; a decoder also reads bos.
+            positions=max(data.source_tokens, data.target_tokens) + 1,
+        )
+        save_file(exported.tensors, made / "model.safetensors", metadata={"format": "pt"})
         for name, content in (
             ("config.json", exported.config),
             ("generation_config.json", exported.generation),
             ("tokenizer_config.json", _tokenizer_config(exported.architecture)),
         ):
-            (temporary / name).write_text(json.dumps(content, indent=1) + "\n")
-        (temporary / "tokenizer.json").write_bytes(tokenizer.to_bytes())
-        temporary.replace(target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+            (made / name).write_text(json.dumps(content, indent=1) + "\n")
+        (made / "tokenizer.json").write_bytes(tokenizer.to_bytes())
     return {
         "class": exported.architecture,
-        "folder": str(target),
+        "folder": folder,
         "steps": list(trained.steps),
         "parameters": sum(parameter.numel() for parameter in parameters.values()),
     }

@@ -138,4 +138,29 @@ def compress(run: str, step: int | None, name: str | None, storage: str | None, 
     print_result(as_json, result, "" if as_json else compressing.on(sys.stdout, result))
 
 
-VERBS = (inspect, report, generate, export, compress)
+@click.command()
+@click.argument("run")
+@click.option("--verify", is_flag=True, help="Read every byte and check its digest; exit code 1 when one is wrong.")
+@click.option("--to", "folder", metavar="DIR", help="Write all weights as one safetensors file to DIR.")
+@click.option("--step", type=click.IntRange(min=1), help="A committed step; default: all, with --to the latest.")
+@click.option("--average", type=click.IntRange(min=1), default=1, help="With --to: average the last K checkpoints.")
+@storage
+@as_json
+def checkpoints(
+    run: str, verify: bool, folder: str | None, step: int | None, average: int, storage: str | None, as_json: bool
+) -> None:
+    """List a run's committed checkpoints, verify them, or write one as a single safetensors file."""
+    from jobs.commands import checkpoints as command
+    from jobs.commands import runs
+
+    place = runs.locate(run, storage)
+    if folder is not None:
+        made = command.consolidate(place, folder, step, average)
+        print_result(as_json, made, f"{folder}: {made['parameters']:,} parameters of step {made['steps']}")
+        return
+    found = command.list_checkpoints(place, step, verify)
+    print_result(as_json, {"run": place.name, "checkpoints": found}, command.as_text(place, found))
+    sys.exit(1 if any(entry["problem"] for entry in found) else 0)
+
+
+VERBS = (inspect, report, generate, export, checkpoints, compress)
