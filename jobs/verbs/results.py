@@ -163,4 +163,36 @@ def checkpoints(
     sys.exit(1 if any(entry["problem"] for entry in found) else 0)
 
 
-VERBS = (inspect, report, generate, export, checkpoints, compress)
+@click.command()
+@click.argument("first", metavar="A")
+@click.argument("second", metavar="B")
+@click.option("--step-a", type=click.IntRange(min=1), help="A committed step of A; default: its latest.")
+@click.option("--step-b", type=click.IntRange(min=1), help="A committed step of B; default: its latest.")
+@click.option("--only", metavar="X,Y", help="These corpora and tasks only, with commas between.")
+@click.option(
+    "--rounds", type=click.IntRange(100, 100_000), default=1000, show_default=True, help="Draws of the bootstrap."
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the draws.")
+@storage
+@as_json
+def compare(
+    first: str,
+    second: str,
+    step_a: int | None,
+    step_b: int | None,
+    only: str | None,
+    rounds: int,
+    seed: int,
+    storage: str | None,
+    as_json: bool,
+) -> None:
+    """Compare runs A and B, or two steps of one run, row by row on what both were evaluated on (paired bootstrap)."""
+    from jobs.commands import comparing, runs
+
+    places = runs.locate(first, storage), runs.locate(second, storage)
+    chosen = [name.strip() for name in only.split(",") if name.strip()] if only else []
+    result = comparing.compare_runs(*places, (step_a, step_b), chosen, rounds, seed)
+    print_result(as_json, result, "" if as_json else comparing.as_text(result))
+
+
+VERBS = (inspect, report, generate, export, checkpoints, compress, compare)
