@@ -242,6 +242,11 @@ class TrackingSection(Section):
 
     log_every_steps: PositiveInt = Field(10, description="optimizer steps between printed lines; metrics have all")
     gauges: bool = Field(True, description="publish metrics at each node's Ray metrics endpoint")
+    status_page: Literal["off", "loopback", "cluster"] = Field(
+        "loopback",
+        description="who reaches the run's status page on the head: nobody, who is on that machine, or all who reach "
+        "the node and have the cluster's token",
+    )
     log_samples: bool = Field(
         False, description="write a digest of every sample of every step to samples/ of the run, to check what was used"
     )
