@@ -53,7 +53,7 @@ class StatusServer:
         self._seen: tuple[float, RunView] | None = None
         self._http = ThreadingHTTPServer((host, 0), _handler(self))
         self._http.daemon_threads = True
-        threading.Thread(target=self._http.serve_forever, name="status-page", daemon=True).start()
+        threading.Thread(target=self._http.serve_forever, args=(0.1,), name="status-page", daemon=True).start()
         self.url = f"http://{host}:{self._http.server_address[1]}"
 
     def look(self) -> RunView:
