@@ -22,7 +22,8 @@ class Page:
     """One tab. `ask` evaluates JavaScript in it and returns the value."""
 
     def __init__(self, port):
-        self._port, self._numbers = port, itertools.count(1)
+        self._numbers, self._loop = itertools.count(1), asyncio.new_event_loop()
+        self._session, self._socket = self._loop.run_until_complete(_connect(port))
 
     def open(self, url):
         """Go there and wait until it is loaded."""
@@ -61,21 +62,29 @@ class Page:
         time.sleep(0.3)
         Path(path).write_bytes(base64.b64decode(self._send("Page.captureScreenshot", format="png")["data"]))
 
+    def close(self):
+        self._loop.run_until_complete(self._session.close())
+        self._loop.close()
+
     def _send(self, method, **parameters):
-        return asyncio.run(self._exchange(method, parameters))
+        return self._loop.run_until_complete(self._exchange(method, parameters))
 
     async def _exchange(self, method, parameters):
-        async with aiohttp.ClientSession() as session:
-            async with session.get(f"http://127.0.0.1:{self._port}/json/list") as answer:
-                (tab, *_) = [tab for tab in await answer.json() if tab["type"] == "page"]
-            async with session.ws_connect(tab["webSocketDebuggerUrl"], max_msg_size=0) as socket:
-                number = next(self._numbers)
-                await socket.send_json({"id": number, "method": method, "params": parameters})
-                while True:
-                    found = await asyncio.wait_for(socket.receive_json(), LOAD_SECONDS)
-                    if found.get("id") == number:
-                        assert "error" not in found, found["error"]
-                        return found["result"]
+        number = next(self._numbers)
+        await self._socket.send_json({"id": number, "method": method, "params": parameters})
+        while True:
+            found = await asyncio.wait_for(self._socket.receive_json(), LOAD_SECONDS)
+            if found.get("id") == number:
+                assert "error" not in found, found["error"]
+                return found["result"]
+
+
+async def _connect(port):
+    """A session and a socket to the first tab; what is set through it (size, colours) lasts as long as it."""
+    session = aiohttp.ClientSession()
+    async with session.get(f"http://127.0.0.1:{port}/json/list") as answer:
+        (tab, *_) = [tab for tab in await answer.json() if tab["type"] == "page"]
+    return session, await session.ws_connect(tab["webSocketDebuggerUrl"], max_msg_size=0)
 
 
 @contextmanager
@@ -93,7 +102,9 @@ def browser():
             while not written.exists() or not written.read_text().strip():
                 assert process.poll() is None and time.monotonic() < deadline, "Chromium did not start"
                 time.sleep(0.05)
-            yield Page(int(written.read_text().split()[0]))
+            page = Page(int(written.read_text().split()[0]))
+            yield page
+            page.close()
         finally:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
