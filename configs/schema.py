@@ -242,6 +242,12 @@ class TrackingSection(Section):
 
     log_every_steps: PositiveInt = Field(10, description="optimizer steps between printed lines; metrics have all")
     gauges: bool = Field(True, description="publish metrics at each node's Ray metrics endpoint")
+    trackers: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = Field(
+        (),
+        description="where curves are drawn besides metrics.jsonl; each needs its extra (pip install 'telar[wandb]') "
+        "on the head, and what it logs in with in the environment there, never here",
+    )
+    project: str = Field("telar", min_length=1, description="MLflow's experiment, W&B's project")
     status_page: Literal["off", "loopback", "cluster"] = Field(
         "loopback",
         description="who reaches the run's status page on the head: nobody, who is on that machine, or all who reach "

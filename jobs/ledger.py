@@ -14,6 +14,7 @@ from cluster import commit
 from cluster.storage import SpooledText, Storage
 from configs.errors import StorageError
 from configs.schema import RunConfig
+from jobs.trackers.base import Feed, open_trackers
 
 # An object of this name in the run's folder asks the controller to commit and stop.
 STOP_REQUEST = "stop-requested"
@@ -36,6 +37,7 @@ class Ledger:
         self._told: set[str] = set()
         self._lines: list[str] = []
         self._attempt = 0
+        self._trackers: list[Feed] | None = None
         self.status: dict[str, Any] = {
             "run": run,
             "state": "preparing",
@@ -91,6 +93,8 @@ class Ledger:
         """Take the next attempt number of this run; no two controllers ever get the same one."""
         taken = [int(name.split("-")[1].split(".")[0]) for name in self.folder.names("attempts")]
         number = max(taken, default=0) + 1
+        if self._trackers is None:
+            self._trackers = open_trackers(self._config, self.folder, self.status["run"], self._tell_problem)
         while not self.folder.create(f"attempts/attempt-{number:03d}.json", json.dumps({"at": time.time()}).encode()):
             number += 1
         with self._lock:
@@ -104,6 +108,8 @@ class Ledger:
             if record["attempt"] != self._attempt:
                 return
             self._metrics.append(json.dumps(record))
+            for tracker in self._trackers or ():
+                tracker.record(record)
             keep = ("step", "tokens", "loss", "tokens_per_second", "data_wait_seconds", "world_size", "attempt")
             self.status.update({name: record[name] for name in keep})
         every, step = self._config.tracking.log_every_steps, record["step"]
@@ -149,6 +155,10 @@ class Ledger:
         if removed:
             self.event("pruned", steps=removed)
 
+    def _tell_problem(self, text: str) -> None:
+        self.event("problem", detail=text)
+        self.say(text)
+
     def _tell_quarantined(self, extra: dict) -> None:
         """Complete the state of the data that is committed, and report shards that it names for the first time."""
         extra["data_state"]["quarantined"] = sorted(self._quarantined)
@@ -159,6 +169,8 @@ class Ledger:
 
     def close(self) -> None:
         """Write everything out."""
+        for tracker in self._trackers or ():
+            tracker.close(self.status["state"])
         self._metrics.close()
         self._events.close()
         self._log.close()

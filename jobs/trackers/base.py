@@ -6,12 +6,13 @@ run, on whatever node its controller lives then, continues the same curve.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import queue
 import threading
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from cluster.storage import Storage
 from configs.errors import ConfigError
@@ -39,9 +40,15 @@ CLOSE_SECONDS = 30.0
 
 
 class Tracker(Protocol):
-    """One place that draws curves. Its methods are called from one thread and may wait for a network."""
+    """One place that draws curves. It is made and called in one thread, and may wait for a network.
 
-    errors: tuple[type[Exception], ...]
+    `errors` is what it raises when its server, its files or its credentials fail.
+    """
+
+    errors: ClassVar[tuple[type[Exception], ...]]
+
+    def __init__(self, folder: Storage, run: str, project: str, kept: Ids, settings: Mapping[str, Any]) -> None:
+        """Open or continue the curves of the run whose folder that is."""
 
     def log(self, step: int, figures: Mapping[str, float]) -> None:
         """Take the figures of one optimizer step; a step may come again after a restart."""
@@ -68,24 +75,24 @@ def open_trackers(config: RunConfig, folder: Storage, run: str, tell: Callable[[
     check_installed(config, "the node of the run's controller")
     kept = Ids(folder)
     settings = flat(config, ("model", "data", "parallelism", "optimizer", "train", "run.seed"))
-    return [Feed(name, _maker(name, config, folder, run, kept, settings), tell) for name in config.tracking.trackers]
+    return [
+        Feed(name, functools.partial(_class_of(name), folder, run, config.tracking.project, kept, settings), tell)
+        for name in config.tracking.trackers
+    ]
 
 
-def _maker(
-    name: str, config: RunConfig, folder: Storage, run: str, kept: Ids, settings: dict[str, Any]
-) -> Callable[[], Tracker]:
-    """How to open a tracker; called in its thread, as opening may wait for a network."""
+def _class_of(name: str) -> type[Tracker]:
     if name == "tensorboard":
         from jobs.trackers.tensorboard_files import TensorBoard
 
-        return lambda: TensorBoard(folder)
+        return TensorBoard
     if name == "mlflow":
         from jobs.trackers.mlflow_run import MlflowRun
 
-        return lambda: MlflowRun(folder, run, config.tracking.project, kept, settings)
+        return MlflowRun
     from jobs.trackers.wandb_run import WandbRun
 
-    return lambda: WandbRun(folder, run, config.tracking.project, kept, settings)
+    return WandbRun
 
 
 class Ids:
@@ -110,8 +117,9 @@ class Ids:
 class Feed:
     """Steps for one tracker, in a queue: training never waits for it, and goes on without it when it fails."""
 
-    def __init__(self, name: str, make: Callable[[], Tracker], tell: Callable[[str], None]) -> None:
+    def __init__(self, name: str, make: functools.partial[Tracker], tell: Callable[[str], None]) -> None:
         self._name, self._make, self._tell = name, make, tell
+        self._errors = make.func.errors
         self._steps: queue.Queue[dict[str, Any] | str] = queue.Queue(QUEUED_STEPS)
         self._dropped = 0
         self._thread = threading.Thread(target=self._work, name=f"tracker-{name}", daemon=True)
@@ -146,20 +154,6 @@ class Feed:
                     tracker.close(found)
                     return
                 tracker.log(found["step"], {name: float(found[name]) for name in FIGURES if name in found})
-        except tracker_errors(self._name) as error:
+        except (*self._errors, ConfigError) as error:
             kind = type(error).__name__
             self._tell(f"tracker {self._name} gets no more figures ({kind}: {error}); metrics.jsonl has all")
-
-
-def tracker_errors(name: str) -> tuple[type[Exception], ...]:
-    """What a tracker raises when its server, its files or its credentials fail."""
-    common = (OSError, ConfigError)
-    if name == "mlflow":
-        from mlflow.exceptions import MlflowException
-
-        return (*common, MlflowException)
-    if name == "wandb":
-        import wandb
-
-        return (*common, wandb.Error)
-    return common
