@@ -5,6 +5,7 @@ Nothing here imports torch or ray; `configs.load` turns YAML and `--set` overrid
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -13,6 +14,7 @@ from configs.data_section import CorpusSection, DataSection, TokenizerSection, W
 from configs.images_section import ImagesSection
 from configs.model_section import AttentionSection, ModelSection
 from configs.pipeline_limits import pipeline_problem
+from configs.redaction import advice, holds_secret
 from configs.section import NAME_PATTERN, Fraction, PositiveInt, Section
 from configs.task_section import TaskSection
 
@@ -258,6 +260,18 @@ class TrackingSection(Section):
     )
 
 
+def strings(value: object, name: str) -> Iterator[tuple[str, str]]:
+    """Dotted names and values of all texts in a tree."""
+    if isinstance(value, str):
+        yield name, value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from strings(item, f"{name}.{key}" if name else str(key))
+    elif isinstance(value, list):
+        for number, item in enumerate(value):
+            yield from strings(item, f"{name}[{number}]")
+
+
 class RunConfig(Section):
     """One run, whole."""
 
@@ -273,6 +287,13 @@ class RunConfig(Section):
     elastic: ElasticSection = Field(default_factory=ElasticSection)
     evaluate: EvaluateSection = Field(default_factory=EvaluateSection)
     tracking: TrackingSection = Field(default_factory=TrackingSection)
+
+    @model_validator(mode="after")
+    def _no_secrets(self) -> RunConfig:
+        for name, value in strings(self.model_dump(mode="json"), ""):
+            if holds_secret(value):
+                raise ValueError(advice(name, value))
+        return self
 
     @model_validator(mode="after")
     def _pictures_fit(self) -> RunConfig:

@@ -13,6 +13,7 @@ from typing import Any
 from cluster import commit
 from cluster.storage import SpooledText, Storage
 from configs.errors import StorageError
+from configs.redaction import redacted
 from configs.schema import RunConfig
 from jobs.trackers.base import Feed, open_trackers
 
@@ -63,11 +64,12 @@ class Ledger:
 
     def event(self, event: str, **detail: Any) -> None:
         """Append one line to events.jsonl."""
-        self._events.append(json.dumps({"unix_seconds": time.time(), "event": event, **detail}))
+        self._events.append(redacted(json.dumps({"unix_seconds": time.time(), "event": event, **detail})))
         self._events.flush()
 
     def say(self, line: str) -> None:
         """Add a line to what people following the run read, and to logs/job.log."""
+        line = redacted(line)
         with self._lock:
             self._lines.append(line)
         self._log.append(line)
@@ -87,7 +89,7 @@ class Ledger:
         """Renew the lease: write status.json with the time of now."""
         with self._lock:
             self.status["updated_unix"] = time.time()
-            self.folder.write_text("status.json", json.dumps(self.status, indent=1))
+            self.folder.write_text("status.json", redacted(json.dumps(self.status, indent=1)))
 
     def begin_attempt(self) -> int:
         """Take the next attempt number of this run; no two controllers ever get the same one."""
