@@ -127,7 +127,7 @@ def view(
         eta_seconds=(steps - step) * pace if trains else None,
         data_wait_share=sum(record["data_wait_seconds"] for record in recent) / spent if spent else None,
         world_size=known.get("world_size") or 0,
-        slowest_rank=_slowest(known.get("slowest_rank")),
+        slowest_rank=_slowest(known.get("slowest_rank"), pace),
         last_commit_step=known.get("last_commit_step"),
         last_commit_age_seconds=None if committed_at is None else max(0.0, now - committed_at),
         silent_seconds=now - updated if state == "silent" else None,
@@ -199,8 +199,11 @@ def first_line(text: str) -> str:
     return next((line for line in lines if line), "")
 
 
-def _slowest(found: Mapping[str, Any] | None) -> str | None:
-    return None if found is None else f"rank {found['rank']} (data {found['data_wait_share']:.0%})"
+def _slowest(found: Mapping[str, Any] | None, pace: float | None) -> str | None:
+    """The rank that waits longest for data, and for what share of a step."""
+    if found is None or not pace:
+        return None
+    return f"rank {found['rank']} (data {min(1.0, found['data_wait_seconds'] / pace):.0%})"
 
 
 def _attempts(events: Sequence[Mapping[str, Any]], state: str) -> tuple[AttemptView, ...]:

@@ -53,7 +53,7 @@ class Elements(HTMLParser):
 
 def test_the_page_shows_the_run_and_nothing_that_runs_or_comes_from_elsewhere():
     found = Elements(
-        page(view("night", status(slowest_rank={"rank": 3, "data_wait_share": 0.2}), RECORDS, EVENTS, NOW))
+        page(view("night", status(slowest_rank={"rank": 3, "data_wait_seconds": 0.1}), RECORDS, EVENTS, NOW))
     )
     text = " ".join(found.texts)
     for words in ("night", "training", "step 60 of 100 (60%), 20s left", "4.400", "10.0%", "rank 3 (data 20%)"):

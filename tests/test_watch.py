@@ -77,7 +77,7 @@ def drawn(shown, width=100, height=30):
 
 
 def test_a_screen_shows_what_one_wants_to_know_of_a_run():
-    shown = view("night-run", status(slowest_rank={"rank": 3, "data_wait_share": 0.25}), RECORDS, EVENTS, NOW)
+    shown = view("night-run", status(slowest_rank={"rank": 3, "data_wait_seconds": 0.125}), RECORDS, EVENTS, NOW)
     text = "\n".join(drawn(shown))
     for words in (
         "night-run  training",
