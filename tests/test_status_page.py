@@ -84,7 +84,7 @@ def storage(tmp_path):
 
 def request(server, method="GET", path="/", body=None, **headers):
     port = int(server.url.rpartition(":")[2])
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+    connection = http.client.HTTPConnection(urllib.parse.urlsplit(server.url).hostname, port, timeout=10)
     connection.request(method, path, body, {name.replace("_", "-"): value for name, value in headers.items()})
     answer = connection.getresponse()
     found = answer.status, answer.read().decode(), answer.headers
@@ -115,6 +115,12 @@ def test_a_request_without_the_token_is_refused_and_learns_nothing(serving):
         assert code == 200 and "on request" in text and kept["Cache-Control"] == "no-store"
         assert "default-src 'none'" in kept["Content-Security-Policy"]
     assert request(server, path="/../etc/passwd", Authorization="Bearer s3cret")[0] == 404
+
+
+def test_another_address_of_the_machine_is_served_with_a_token(serving):
+    server = serving("s3cret", "127.0.0.2")
+    assert server.url.startswith("http://127.0.0.2:")
+    assert request(server)[0] == 401 and request(server, Authorization="Bearer s3cret")[0] == 200
 
 
 def test_the_form_turns_the_token_into_a_cookie_that_scripts_cannot_read(serving):
