@@ -5,7 +5,7 @@ export PYTHONDONTWRITEBYTECODE ?= 1
 BIN := .venv/bin
 SMOKE_RUN ?=
 
-.PHONY: smoke test test-slow lint format lock clean
+.PHONY: smoke test test-slow lint format audit lock clean
 
 # Stale when the lock or the project file changes.
 .venv: requirements.lock pyproject.toml
@@ -35,6 +35,12 @@ lint: .venv
 format: .venv
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# Known vulnerabilities of the versions in the lock; asks api.osv.dev.
+audit:
+	$(PYTHON) -m venv .tools/audit
+	.tools/audit/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) pip-audit
+	.tools/audit/bin/pip-audit -r requirements.lock --no-deps --disable-pip --vulnerability-service osv
 
 # Resolve pyproject.toml in a throw-away environment and write the versions down.
 lock:

@@ -62,3 +62,23 @@ def token_headers() -> dict[str, str]:
     except FileNotFoundError:
         return {}
     return {"Authorization": f"Bearer {token}"}
+
+
+def ray_token() -> str | None:
+    """The token that this process's cluster asks for, where its environment says so; None without authentication.
+
+    In Ray's order: RAY_AUTH_TOKEN, the file RAY_AUTH_TOKEN_PATH, ~/.ray/auth_token. Raises TelarError when
+    RAY_AUTH_MODE=token and there is none.
+    """
+    if os.environ.get("RAY_AUTH_MODE") != "token":
+        return None
+    given = os.environ.get("RAY_AUTH_TOKEN", "").strip()
+    if given:
+        return given
+    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray/auth_token")
+    try:
+        return path.read_text().strip()
+    except OSError as error:
+        raise TelarError(
+            f"RAY_AUTH_MODE is token, but the token file {path} cannot be read ({error.strerror})"
+        ) from error

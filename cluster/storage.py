@@ -21,6 +21,7 @@ import fsspec
 from fsspec.core import split_protocol
 
 from configs.errors import ConfigError, StorageError
+from configs.redaction import advice, holds_secret
 
 
 def absolute_url(url: str, base: str | None = None) -> str:
@@ -35,6 +36,9 @@ class Storage:
     """One root (local folder or fsspec URL); every path given to a method is relative to it."""
 
     def __init__(self, url: str) -> None:
+        """Raises ConfigError for a URL with a key in it, or of a kind that nothing here serves."""
+        if holds_secret(url):
+            raise ConfigError(advice("storage", url))
         self.url = absolute_url(url)
         protocol, _ = split_protocol(self.url)
         self.is_local = protocol is None

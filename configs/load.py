@@ -116,6 +116,21 @@ def config_digest(config: BaseModel) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def flat(config: BaseModel, under: Sequence[str]) -> dict[str, Any]:
+    """Dotted names and values of the fields below the named sections or fields; lists stay whole."""
+    found: dict[str, Any] = {}
+
+    def visit(value: Any, name: str) -> None:
+        if isinstance(value, dict):
+            for key, item in value.items():
+                visit(item, f"{name}.{key}" if name else key)
+        elif any(name == prefix or name.startswith(f"{prefix}.") for prefix in under):
+            found[name] = value
+
+    visit(json.loads(config.model_dump_json()), "")
+    return found
+
+
 def changed_fields(old: BaseModel, new: BaseModel) -> list[str]:
     """Dotted names of the fields in which two configurations differ."""
     return _differences(json.loads(old.model_dump_json()), json.loads(new.model_dump_json()), "")

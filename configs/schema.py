@@ -5,6 +5,7 @@ Nothing here imports torch or ray; `configs.load` turns YAML and `--set` overrid
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -14,6 +15,7 @@ from configs.images_section import ImagesSection
 from configs.model_section import AttentionSection, ModelSection
 from configs.offload_section import OffloadSection
 from configs.pipeline_limits import pipeline_problem
+from configs.redaction import advice, holds_secret
 from configs.section import NAME_PATTERN, Fraction, PositiveInt, Section
 from configs.task_section import TaskSection
 
@@ -253,9 +255,32 @@ class TrackingSection(Section):
 
     log_every_steps: PositiveInt = Field(10, description="optimizer steps between printed lines; metrics have all")
     gauges: bool = Field(True, description="publish metrics at each node's Ray metrics endpoint")
+    trackers: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = Field(
+        (),
+        description="where curves are drawn besides metrics.jsonl; each needs its extra (pip install 'telar[wandb]') "
+        "on the head, and what it logs in with in the environment there, never here",
+    )
+    project: str = Field("telar", min_length=1, description="MLflow's experiment, W&B's project")
+    status_page: Literal["off", "loopback", "cluster"] = Field(
+        "loopback",
+        description="who reaches the run's status page on the head: nobody, who is on that machine, or all who reach "
+        "the node and have the cluster's token",
+    )
     log_samples: bool = Field(
         False, description="write a digest of every sample of every step to samples/ of the run, to check what was used"
     )
+
+
+def strings(value: object, name: str) -> Iterator[tuple[str, str]]:
+    """Dotted names and values of all texts in a tree."""
+    if isinstance(value, str):
+        yield name, value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from strings(item, f"{name}.{key}" if name else str(key))
+    elif isinstance(value, list):
+        for number, item in enumerate(value):
+            yield from strings(item, f"{name}[{number}]")
 
 
 class RunConfig(Section):
@@ -273,6 +298,13 @@ class RunConfig(Section):
     elastic: ElasticSection = Field(default_factory=ElasticSection)
     evaluate: EvaluateSection = Field(default_factory=EvaluateSection)
     tracking: TrackingSection = Field(default_factory=TrackingSection)
+
+    @model_validator(mode="after")
+    def _no_secrets(self) -> RunConfig:
+        for name, value in strings(self.model_dump(mode="json"), ""):
+            if holds_secret(value):
+                raise ValueError(advice(name, value))
+        return self
 
     @model_validator(mode="after")
     def _pictures_fit(self) -> RunConfig:

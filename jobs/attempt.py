@@ -68,6 +68,10 @@ class Attempt:
         """A step is done; how long a hang may last follows the steps."""
         self._watch.step_took(seconds)
 
+    def slowest(self) -> tuple[int, float] | None:
+        """The rank that others wait for; see `jobs.progress.HangWatch.slowest`."""
+        return self._watch.slowest()
+
     def poll(self, living: Collection[str], timeout_seconds: float) -> list[Event]:
         """What happened, after at most `timeout_seconds`; at most one of Ended and Failed."""
         self._collect(timeout_seconds)

@@ -14,6 +14,7 @@ from types import TracebackType
 import click
 
 from configs.errors import TelarError
+from configs.redaction import redacted
 from jobs.verbs import operating, results, running
 from jobs.verbs.tasks import tasks
 
@@ -31,6 +32,7 @@ for verb in (*running.VERBS, *results.VERBS, *operating.VERBS, tasks):
 
 
 def _fail(message: str, exit_code: int) -> int:
+    message = redacted(message)
     if "--json" in sys.argv[1:]:
         click.echo(json.dumps({"error": message, "exit_code": exit_code}))
     click.echo(f"error: {message}", err=True)

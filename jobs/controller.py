@@ -26,6 +26,7 @@ from configs.load import parse_config
 from configs.schema import RunConfig
 from jobs.ledger import STOP_REQUEST, Ledger
 from jobs.stages import Stages
+from jobs.status_server import serve
 
 HEARTBEAT_SECONDS = 1.0
 # Object stores are asked less often: each heartbeat is two requests.
@@ -79,8 +80,10 @@ class Controller:
         over = threading.Event()
         heartbeat = threading.Thread(target=self._heartbeat, args=(ledger, over), name="heartbeat", daemon=True)
         heartbeat.start()
-        state, message = "failed", None
+        state, message, page = "failed", None, None
         try:
+            if config.tracking.status_page != "off":
+                page = serve(config.tracking.status_page, self._storage, ledger, job_id)
             me = ray.get_runtime_context().current_actor
             self._stages = Stages(config, self._storage, self._run, ledger, me, self.stop_requested)
             self._stages.walk(names)
@@ -99,6 +102,8 @@ class Controller:
             ledger.event(f"run_{state}", detail=message)
             ledger.update(state=state, message=message)
             ledger.close()
+            if page is not None:
+                page.close()
         return state
 
     def _heartbeat(self, ledger: Ledger, over: threading.Event) -> None:

@@ -13,7 +13,9 @@ from typing import Any
 from cluster import commit
 from cluster.storage import SpooledText, Storage
 from configs.errors import StorageError
+from configs.redaction import redacted
 from configs.schema import RunConfig
+from jobs.trackers.base import Feed, open_trackers
 
 # An object of this name in the run's folder asks the controller to commit and stop.
 STOP_REQUEST = "stop-requested"
@@ -36,6 +38,7 @@ class Ledger:
         self._told: set[str] = set()
         self._lines: list[str] = []
         self._attempt = 0
+        self._trackers: list[Feed] | None = None
         self.status: dict[str, Any] = {
             "run": run,
             "state": "preparing",
@@ -61,11 +64,12 @@ class Ledger:
 
     def event(self, event: str, **detail: Any) -> None:
         """Append one line to events.jsonl."""
-        self._events.append(json.dumps({"unix_seconds": time.time(), "event": event, **detail}))
+        self._events.append(redacted(json.dumps({"unix_seconds": time.time(), "event": event, **detail})))
         self._events.flush()
 
     def say(self, line: str) -> None:
         """Add a line to what people following the run read, and to logs/job.log."""
+        line = redacted(line)
         with self._lock:
             self._lines.append(line)
         self._log.append(line)
@@ -85,12 +89,14 @@ class Ledger:
         """Renew the lease: write status.json with the time of now."""
         with self._lock:
             self.status["updated_unix"] = time.time()
-            self.folder.write_text("status.json", json.dumps(self.status, indent=1))
+            self.folder.write_text("status.json", redacted(json.dumps(self.status, indent=1)))
 
     def begin_attempt(self) -> int:
         """Take the next attempt number of this run; no two controllers ever get the same one."""
         taken = [int(name.split("-")[1].split(".")[0]) for name in self.folder.names("attempts")]
         number = max(taken, default=0) + 1
+        if self._trackers is None:
+            self._trackers = open_trackers(self._config, self.folder, self.status["run"], self._tell_problem)
         while not self.folder.create(f"attempts/attempt-{number:03d}.json", json.dumps({"at": time.time()}).encode()):
             number += 1
         with self._lock:
@@ -104,6 +110,8 @@ class Ledger:
             if record["attempt"] != self._attempt:
                 return
             self._metrics.append(json.dumps(record))
+            for tracker in self._trackers or ():
+                tracker.record(record)
             keep = ("step", "tokens", "loss", "tokens_per_second", "data_wait_seconds", "world_size", "attempt")
             self.status.update({name: record[name] for name in keep})
         every, step = self._config.tracking.log_every_steps, record["step"]
@@ -150,6 +158,10 @@ class Ledger:
         if removed:
             self.event("pruned", steps=removed)
 
+    def _tell_problem(self, text: str) -> None:
+        self.event("problem", detail=text)
+        self.say(text)
+
     def _tell_quarantined(self, extra: dict) -> None:
         """Complete the state of the data that is committed, and report shards that it names for the first time."""
         extra["data_state"]["quarantined"] = sorted(self._quarantined)
@@ -160,6 +172,8 @@ class Ledger:
 
     def close(self) -> None:
         """Write everything out."""
+        for tracker in self._trackers or ():
+            tracker.close(self.status["state"])
         self._metrics.close()
         self._events.close()
         self._log.close()

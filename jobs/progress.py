@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from typing import NamedTuple
 
@@ -10,12 +11,20 @@ PATIENCE = 10.0
 STEPS_REMEMBERED = 50
 
 
+# Of a mean over steps, what the latest step counts.
+LATEST_WEIGHT = 0.1
+
+
 class Beat(NamedTuple):
-    """The latest sign of life: how many there were, what the rank does since (starting, data, step, storage)."""
+    """The latest sign of life: how many there were, what the rank does since (starting, data, step, storage).
+
+    `data_wait_seconds` is how long it waits for the data of a step, a mean in which the latest count most.
+    """
 
     count: int
     doing: str
     step: int
+    data_wait_seconds: float = 0.0
 
 
 class Progress:
@@ -23,10 +32,15 @@ class Progress:
 
     def __init__(self) -> None:
         self.latest = Beat(0, "starting", 0)
+        self._at = time.monotonic()
 
     def beat(self, doing: str, step: int) -> None:
         """Something was finished; `doing` names what comes now."""
-        self.latest = Beat(self.latest.count + 1, doing, step)
+        before, began, self._at = self.latest, self._at, time.monotonic()
+        wait = before.data_wait_seconds
+        if before.doing == "data":
+            wait += LATEST_WEIGHT * (self._at - began - wait)
+        self.latest = Beat(before.count + 1, doing, step, wait)
 
 
 class HangWatch:
@@ -61,6 +75,16 @@ class HangWatch:
     def all_train(self) -> bool:
         """Whether every rank has left its start behind."""
         return all(beat is not None and beat.doing != "starting" for beat in self._beats)
+
+    def slowest(self) -> tuple[int, float] | None:
+        """The rank that waits longest for its data, for which all others wait in every step, and its seconds a step.
+
+        None until all have begun, and where there is one rank only.
+        """
+        if not self.all_train or len(self._beats) < 2:
+            return None
+        waits = [beat.data_wait_seconds for beat in self._beats if beat is not None]
+        return max(enumerate(waits), key=lambda entry: entry[1])
 
     def deadline_seconds(self) -> float:
         """How long no rank may give a sign of life."""

@@ -15,6 +15,7 @@ from cluster import commit
 from cluster.storage import SpooledText, Storage
 from configs.errors import StorageError
 from configs.load import config_digest
+from configs.redaction import redacted
 from configs.schema import RunConfig
 from data.loader import Loader
 from data.manifest import Manifest
@@ -271,7 +272,7 @@ class _LogLines(logging.Handler):
         self._text = text
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._text.append(self.format(record))
+        self._text.append(redacted(self.format(record)))
 
     def close(self) -> None:
         logging.getLogger().removeHandler(self)

@@ -19,6 +19,7 @@ import ray
 from cluster.environment import DASHBOARD_VARIABLE, JOB_ID_VARIABLE, check_fingerprint
 from cluster.storage import Storage
 from configs.errors import TelarError
+from configs.redaction import redacted
 from jobs.controller import create_or_attach
 from jobs.stages import STAGES
 
@@ -70,7 +71,7 @@ def follow(controller: ray.actor.ActorHandle, outcome: ray.ObjectRef, stop: thre
         try:
             return ray.get(outcome)
         except ray.exceptions.RayTaskError as error:
-            print(f"error: {error.cause if isinstance(error.cause, TelarError) else error}", flush=True)
+            print(redacted(f"error: {error.cause if isinstance(error.cause, TelarError) else error}"), flush=True)
             return "failed"
 
 
@@ -86,5 +87,5 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except TelarError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(redacted(f"error: {error}"), file=sys.stderr, flush=True)
         sys.exit(error.exit_code)

@@ -143,6 +143,8 @@ class TrainStage:
         else:
             self._attempt.step_took((at - self._heard_at) / (step - self._heard_step[1]))
         self._heard_step, self._heard_at = heard, at
+        slowest = self._attempt.slowest()
+        self._ledger.status["slowest_rank"] = slowest and {"rank": slowest[0], "data_wait_seconds": slowest[1]}
         if self._trouble is not None:
             noticed, facts = self._trouble.pop("noticed"), self._trouble
             self._ledger.event("recovered", attempt=attempt, recovered_seconds=round(at - noticed, 3), **facts)

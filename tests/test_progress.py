@@ -7,7 +7,7 @@ from cluster.placement import RankResources
 from configs.errors import ConfigError
 from configs.load import parse_config
 from configs.schema import ParallelismSection
-from jobs.progress import HangWatch, Progress
+from jobs.progress import Beat, HangWatch, Progress
 from tests.test_end_to_end import TINY
 
 
@@ -94,3 +94,26 @@ def test_a_run_has_a_fixed_size_unless_told_otherwise():
     fixed, elastic = parse_config(TINY, "test"), parse_config({**TINY, "elastic": {"max_replicas": 4}}, "test")
     assert (fixed.min_replicas, fixed.max_replicas) == (2, 2)
     assert (elastic.min_replicas, elastic.max_replicas) == (2, 4)
+
+
+def test_the_rank_that_waits_longest_for_data_is_the_slowest():
+    watch = watch_of(3)
+    hear(watch, 1.0, (5, "step"))
+    assert watch.slowest() is None, "not all have begun"
+    for rank, wait in enumerate((0.1, 0.7, 0.2)):
+        watch.heard(rank, Beat(7, "step", 3, wait), 2.0)
+    assert watch.slowest() == (1, 0.7)
+    alone = watch_of(1)
+    alone.heard(0, Beat(7, "step", 3, 0.5), 1.0)
+    assert alone.slowest() is None
+
+
+def test_only_waiting_for_data_counts(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("jobs.progress.time.monotonic", lambda: now[0])
+    progress = Progress()
+    for step in range(200):
+        for doing, seconds in (("data", 0.5), ("step", 3.0), ("storage", 20.0)):
+            progress.beat(doing, step)
+            now[0] += seconds
+    assert abs(progress.latest.data_wait_seconds - 0.5) < 1e-6

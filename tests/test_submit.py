@@ -21,7 +21,7 @@ from cluster.inventory import Node, check_capacity, check_storage_is_shared
 from cluster.storage import Storage
 from configs.errors import CapacityError, ConfigError, TelarError, UnreachableError
 from configs.load import load_config
-from jobs.commands.following import follow_job, sparkline, stop
+from jobs.commands.following import follow_job, stop
 from jobs.commands.runs import locate
 from jobs.commands.submitting import Request, check_embedded_capacity, submit
 from jobs.submit import UPLOAD_LIMIT_BYTES, Address, Jobs, exit_code, record
@@ -316,11 +316,6 @@ def test_the_job_record_is_written_when_the_job_is_terminal_only(tmp_path):
     assert record(storage, "r", details)["status"] == "RUNNING" and not storage.exists("r/job.json")
     record(storage, "r", details.copy(update={"status": type(details.status)("FAILED")}))
     assert json.loads(storage.read_text("r/job.json"))["status"] == "FAILED"
-
-
-def test_sparkline_shows_a_falling_series_falling():
-    assert sparkline([4.0, 3.0, 2.0, 1.0], 4) == "█▅▃▁"
-    assert len(sparkline(list(range(1000)), 30)) == 30 and sparkline([], 10) == ""
 
 
 def test_the_upload_holds_the_five_packages_and_little_else(tmp_path):

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import sys
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from cluster.storage import Storage
 from configs.errors import ConfigError, TelarError, UnreachableError
 from jobs.commands.addresses import connect_to_run
-from jobs.commands.runs import TERMINAL, RunPlace, state_of, summary
+from jobs.commands.runs import TERMINAL, RunPlace, state_of
 from jobs.ledger import STOP_REQUEST
+from jobs.run_reader import RunReader
+from jobs.run_view import progress_line
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails
@@ -90,19 +91,25 @@ def rank_logs(place: RunPlace, rank: int, follow: bool, write: Callable[[str], N
 def watch(place: RunPlace, address: str | None, live: bool, show: Callable[[str], None]) -> int:
     """Show the run's state until it ends; returns the outcome's exit code.
 
-    On a terminal one block is kept up to date, else a line is printed at every change of state or step.
+    On a terminal one screen is kept up to date, else a line is printed at every change of state or step, and for every
+    event that tells of trouble.
     """
+    reader = RunReader(place.storage, place.name)
     try:
         if live:
-            return _watch_live(place, address)
-        shown = None
+            return _watch_live(place, reader, address)
+        said, told = None, 0.0
         while True:
-            status = place.status()
-            key = (state_of(status), (status or {}).get("stage"), (status or {}).get("step"))
-            if key != shown:
-                show(summary(place.name, status).replace("\n", "  "))
-                shown = key
-            code = _outcome(place, status, address)
+            shown = reader.look(time.time())
+            for event in shown.events:
+                if event.is_trouble and event.unix_seconds > told:
+                    told = event.unix_seconds
+                    show(f"{shown.run}  {event.text}")
+            key = (shown.state, shown.stage, shown.step)
+            if key != said:
+                show(progress_line(shown))
+                said = key
+            code = _outcome(place, address)
             if code is not None:
                 return code
             time.sleep(POLL_SECONDS)
@@ -111,32 +118,30 @@ def watch(place: RunPlace, address: str | None, live: bool, show: Callable[[str]
         return INTERRUPTED
 
 
-def _watch_live(place: RunPlace, address: str | None) -> int:
+def _watch_live(place: RunPlace, reader: RunReader, address: str | None) -> int:
     from rich.console import Console
     from rich.live import Live
-    from rich.text import Text
+
+    from jobs.commands.screen import screen
 
     console = Console()
-    with Live(console=console, refresh_per_second=4) as display:
+    with Live(console=console, auto_refresh=False) as display:
         while True:
-            status = place.status()
-            curve = sparkline([record["loss"] for record in place.metrics()], min(80, console.width - 6))
-            text = summary(place.name, status) + (f"\nloss {curve}" if curve else "")
-            if (status or {}).get("dashboard_url"):
-                text += f"\ndashboard {status['dashboard_url']}"
-            display.update(Text(text))
-            code = _outcome(place, status, address)
+            display.update(screen(reader.look(time.time()), console.width, console.height), refresh=True)
+            code = _outcome(place, address)
             if code is not None:
+                # The last state that was drawn may be of before the end.
+                display.update(screen(reader.look(time.time()), console.width, console.height), refresh=True)
                 return code
             time.sleep(POLL_SECONDS)
 
 
-def _outcome(place: RunPlace, status: dict[str, Any] | None, address: str | None) -> int | None:
+def _outcome(place: RunPlace, address: str | None) -> int | None:
     """Exit code of a run that has ended, None while it goes on.
 
     A run whose controller has not spoken yet, or no longer speaks, may have a job that ended: the job is asked then.
     """
-    state = state_of(status)
+    state = state_of(place.status())
     if state in TERMINAL:
         _keep_record(place, address)
         return TERMINAL[state]
@@ -223,18 +228,6 @@ def _wait_for_controller(place: RunPlace, timeout_seconds: float) -> None:
                 f"run {place.name} did not stop within {timeout_seconds:.0f} s; wait longer with --timeout"
             )
         time.sleep(POLL_SECONDS)
-
-
-def sparkline(values: list[float], width: int) -> str:
-    """A row of at most `width` block characters for a series, each the mean of its share of the values."""
-    if not values or width < 1:
-        return ""
-    cells = min(width, len(values))
-    edges = [index * len(values) // cells for index in range(cells + 1)]
-    means = [sum(values[a:b]) / (b - a) for a, b in itertools.pairwise(edges)]
-    low, high = min(means), max(means)
-    scale = (high - low) or 1.0
-    return "".join("▁▂▃▄▅▆▇█"[int((mean - low) / scale * 7)] for mean in means)
 
 
 def _job_of(jobs: Jobs, place: RunPlace) -> JobDetails:

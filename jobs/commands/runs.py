@@ -15,10 +15,9 @@ from cluster.storage import Storage, absolute_url
 from configs.errors import ConfigError
 from configs.load import parse_config
 from configs.schema import RunConfig
+from jobs import run_view
 
-TERMINAL = {"finished": 0, "failed": 1, "stopped": 3}
-LEASE_SECONDS = 20.0
-METRICS_TAIL_BYTES = 256 * 1024
+TERMINAL, LEASE_SECONDS = run_view.TERMINAL, run_view.LEASE_SECONDS
 
 
 @dataclass(frozen=True)
@@ -45,21 +44,6 @@ class RunPlace:
             return json.loads(self.storage.read_text(f"{self.name}/status.json"))
         except FileNotFoundError:
             return None
-
-    def metrics(self) -> list[dict[str, Any]]:
-        """The newest records of metrics.jsonl, at most those of its last 256 KiB."""
-        path = f"{self.name}/metrics.jsonl"
-        try:
-            with self.storage.open(path) as file:
-                size = file.seek(0, os.SEEK_END)
-                file.seek(max(0, size - METRICS_TAIL_BYTES))
-                data = file.read()
-        except FileNotFoundError:
-            return []
-        lines = data.split(b"\n")
-        # The first line may be cut, the last one may still be growing.
-        whole = lines[1 if size > METRICS_TAIL_BYTES else 0 : -1]
-        return [json.loads(line) for line in whole if line.strip()]
 
 
 def storage_for(option: str | None, config: RunConfig | None = None) -> Storage:
@@ -97,12 +81,8 @@ def names(storage: Storage) -> list[str]:
 
 
 def state_of(status: dict[str, Any] | None) -> str:
-    """`submitted` before the controller wrote anything, `silent` when its lease ran out, else the status' own state."""
-    if status is None:
-        return "submitted"
-    if status["state"] not in TERMINAL and time.time() - status["updated_unix"] > LEASE_SECONDS:
-        return "silent"
-    return status["state"]
+    """The state of a run now; see `jobs.run_view.state_of`."""
+    return run_view.state_of(status, time.time())
 
 
 def summary(name: str, status: dict[str, Any] | None) -> str:
@@ -127,6 +107,8 @@ def summary(name: str, status: dict[str, Any] | None) -> str:
         if status.get("last_commit_step") is not None:
             line += f"  last checkpoint step {status['last_commit_step']:,}"
         lines.append(line)
+    if status.get("status_page_url") and state not in TERMINAL:
+        lines.append(f"status page {status['status_page_url']}")
     if status.get("message"):
         lines.append(str(status["message"]))
     return "\n".join(lines)

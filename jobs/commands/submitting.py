@@ -33,6 +33,7 @@ from jobs.commands.resuming import check_resumable
 from jobs.commands.runs import LEASE_SECONDS, TERMINAL, RunPlace, locate, state_of, storage_for
 from jobs.ledger import STOP_REQUEST
 from jobs.tasks.definitions import with_definitions
+from jobs.trackers.base import check_installed
 from jobs.trainable import check_trainable
 
 if TYPE_CHECKING:
@@ -112,6 +113,7 @@ def submit(request: Request, say: Callable[[str], None]) -> Submitted:
     cluster = None
     if given is None:
         check_embedded_capacity(config)
+        check_installed(config, "this machine")
         cluster = local.start(config.cluster)
         if cluster.started_by_us:
             say(f"started the embedded cluster: {cluster.dashboard_url}, {cluster.logical_cpus} logical CPUs")
