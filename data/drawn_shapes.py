@@ -10,6 +10,7 @@ import itertools
 import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from PIL import Image
@@ -62,10 +63,7 @@ class Drawing:
 
     def pixels(self, side: int) -> np.ndarray:
         """The picture, uint8 `[side, side, 3]`."""
-        x, y = PLACES[self.place]
-        at = (np.arange(side * SAMPLES) + 0.5) / (side * SAMPLES)
-        inside = _inside(self.shape, (at[None, :] - x) / SIZES[self.size], (at[:, None] - y) / SIZES[self.size])
-        share = inside.reshape(side, SAMPLES, side, SAMPLES).mean((1, 3))[..., None]
+        share = _coverage(self.shape, self.size, self.place, side)
         mixed = share * np.array(COLOURS[self.colour]) + (1 - share) * np.array(BACKGROUNDS[self.background])
         return np.rint(mixed).astype(np.uint8)
 
@@ -97,6 +95,15 @@ def shape_records(side: int, binary: Collection[str], origin: str) -> Iterator[d
             Image.fromarray(drawing.pixels(side)).save(content, format="PNG")
             record["image"] = content.getvalue()
         yield record
+
+
+@lru_cache(maxsize=512)
+def _coverage(shape: str, size: str, place: str, side: int) -> np.ndarray:
+    """How much of each pixel the shape takes, `[side, side, 1]` in [0, 1]."""
+    x, y = PLACES[place]
+    at = (np.arange(side * SAMPLES) + 0.5) / (side * SAMPLES)
+    inside = _inside(shape, (at[None, :] - x) / SIZES[size], (at[:, None] - y) / SIZES[size])
+    return inside.reshape(side, SAMPLES, side, SAMPLES).mean((1, 3))[..., None]
 
 
 def _inside(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:

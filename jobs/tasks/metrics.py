@@ -13,8 +13,8 @@ from configs.schema import RunConfig, TaskSection
 from jobs.tasks.base import Example, Measure, Metric, Row, TrainingFacts, statistic_metric
 from jobs.tasks.bias import bias_metrics, first_preferred
 from jobs.tasks.choosing import probabilities, scores, wins
-from jobs.tasks.code import code_measures
 from jobs.tasks.likelihood import bits_measure, likelihood_metrics
+from jobs.tasks.programs import code_measures
 from jobs.tasks.question import answer_measures
 from jobs.tasks.rows import rendered, where
 from jobs.tasks.sentiment import label_metrics

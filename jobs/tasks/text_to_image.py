@@ -54,14 +54,14 @@ class TextToImage:
 
 def shown(rows: Sequence[Row]) -> list[Drawing]:
     """What the pictures of rows show."""
-    return [nearest(pixels_of(row.answers[0])) for row in rows]
+    return nearest(np.stack([pixels_of(row.answers[0]) for row in rows]))
 
 
-def nearest(picture: np.ndarray) -> Drawing:
-    """The drawing whose pixels differ least from `picture`, uint8 `[side, side, 3]`, in the sum of squares."""
-    candidates, squares = _rendered(len(picture))
-    wanted = picture.astype(np.float32).reshape(-1) / 255
-    return _all()[int(np.argmin(squares - 2 * candidates @ wanted))]
+def nearest(pictures: np.ndarray) -> list[Drawing]:
+    """For each picture, uint8 `[pictures, side, side, 3]`, the drawing whose pixels differ least in squared error."""
+    candidates, squares = _rendered(pictures.shape[1])
+    wanted = pictures.reshape(len(pictures), -1).astype(np.float32) / 255
+    return [_all()[number] for number in np.argmin(squares - 2 * wanted @ candidates.T, axis=1)]
 
 
 def attribute_measures(examples: Sequence[Example], found: Sequence[Drawing]) -> list[Measure]:
