@@ -29,6 +29,10 @@ class CorpusSection(Section):
     `parallel`: line-aligned text files, one per column: `path: train.{column}.gz` with `columns: [en, de]`.
     `hf`: the columns of a data set that `datasets.load_dataset` streams; `path` is hf://OWNER/NAME (@REVISION may
     follow) on the Hugging Face Hub, or a local folder.
+    `babi`: one record per question of bAbI's story files: `story`, `question`, `answer`, `supporting` (the sentences
+    that the answer rests on, one a line), `path`.
+    `shapes`: drawn pictures, no files: `path: shapes://24` is 3,456 combinations of `shape`, `colour`, `size`, `place`
+    and `background` on 24 x 24 pixels, with `caption` and the picture `image`.
     Null is the empty text; numbers, truth values, lists and objects are spelled as JSON, dates and times as
     2024-05-31 13:30:00 (to the microsecond). Files are UTF-8; line ends of Windows become newlines. Folders are
     searched for .py; for .txt .md .rst; .jsonl .ndjson; .json; .csv; .tsv; .parquet; for .arrow .feather; each also
@@ -40,11 +44,12 @@ class CorpusSection(Section):
     place: ClassVar[str] = "data.corpora"
 
     name: str = Field(description="name in manifests, metrics and tables")
-    kind: Literal["python", "text", "jsonl", "json", "csv", "tsv", "parquet", "arrow", "parallel", "hf"] = Field(
-        description="how files are read"
-    )
+    kind: Literal[
+        "python", "text", "jsonl", "json", "csv", "tsv", "parquet", "arrow", "parallel", "hf", "babi", "shapes"
+    ] = Field(description="how files are read")
     path: str = Field(
-        description="file, folder or glob, any fsspec URL; python://stdlib is the running interpreter's library"
+        description="file, folder or glob, any fsspec URL; python://stdlib is the running interpreter's library, "
+        "shapes://SIDE are pictures that are drawn"
     )
     exclude: tuple[str, ...] = Field((), description="glob patterns of files or folders to leave out")
     columns: tuple[str, ...] = Field(
@@ -88,9 +93,16 @@ class CorpusSection(Section):
         "cut in two); records outside are left out and counted",
     )
     weight: float = Field(1.0, gt=0.0, description="share of samples, relative to the other corpora")
-    task: Literal["likelihood", "summary", "completion", "translation", "sentiment", "qa", "text_generation"] = Field(
-        "likelihood", description="how held-out records are evaluated, besides their likelihood"
-    )
+    task: Literal[
+        "likelihood",
+        "summary",
+        "completion",
+        "translation",
+        "sentiment",
+        "qa",
+        "text_generation",
+        "text_to_image",
+    ] = Field("likelihood", description="how held-out records are evaluated, besides their likelihood")
 
     @property
     def image_column(self) -> str | None:
@@ -110,13 +122,19 @@ class CorpusSection(Section):
                     f"{field}: {template!r} has a picture among text; a picture is a whole target, {{image:COLUMN}}, "
                     "and its caption the source"
                 )
+        if self.task == "text_to_image" and self.kind != "shapes":
+            raise ValueError("task: text_to_image knows what drawn shapes show; it needs kind: shapes")
         if self.image_column is None:
+            if self.task == "text_to_image":
+                raise ValueError(f"task: text_to_image judges pictures, and the target is {self.target!r}")
             return self
-        if self.kind not in ("parquet", "arrow", "hf"):
-            raise ValueError(f"target: {self.target!r} needs a column of pictures; kind must be parquet, arrow or hf")
+        if self.kind not in ("parquet", "arrow", "hf", "shapes"):
+            raise ValueError(
+                f"target: {self.target!r} needs a column of pictures; kind must be parquet, arrow, hf or shapes"
+            )
         if self.continuation or not self.source:
             raise ValueError(f"target: {self.target!r} needs a source template (the caption), and no continuation")
-        if self.task != "likelihood":
+        if self.task not in ("likelihood", "text_to_image"):
             raise ValueError(f"task: {self.task} compares texts, and the target is a picture; use task: likelihood")
         if self.target_characters is not None:
             raise ValueError("target_characters: a picture has no characters; remove it")
@@ -234,6 +252,11 @@ class DataSection(Section):
     """Corpora, tokenizer, shards and the order in which samples are served."""
 
     corpora: tuple[CorpusSection, ...] = Field(min_length=1, description="the mixture")
+    datasets: str | None = Field(
+        None,
+        description="folder, any fsspec URL, that relative paths of corpora start from, and those of built-in tasks "
+        "without evaluate.datasets; default: the folder of the configuration file",
+    )
     tokenizer: TokenizerSection = Field(default_factory=TokenizerSection)
     layout: Literal["pairs", "sequence"] = Field(
         "pairs",

@@ -17,7 +17,7 @@ from configs.offload_section import OffloadSection
 from configs.pipeline_limits import pipeline_problem
 from configs.redaction import advice, holds_secret
 from configs.section import NAME_PATTERN, Fraction, PositiveInt, Section
-from configs.task_section import TaskSection
+from configs.task_section import RUNS_CODE, TaskSection
 
 __all__ = [
     "AttentionSection",
@@ -240,6 +240,11 @@ class EvaluateSection(Section):
         None, description="folder, any fsspec URL, that holds the files of built-in tasks; needed by them alone"
     )
     definitions: tuple[TaskSection, ...] = Field((), description="tasks in full, in the form of a task's YAML file")
+    allow_code_execution: bool = Field(
+        False,
+        description="run programs that the model writes (metric pass_at_k), in processes with limits and, where that "
+        "can be, without network; tasks: all has those tasks only then",
+    )
 
     @model_validator(mode="after")
     def _task_names_differ(self) -> EvaluateSection:
@@ -247,6 +252,16 @@ class EvaluateSection(Section):
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"definitions: the name {twice[0]!r} stands twice; give each task its own")
+        return self
+
+    @model_validator(mode="after")
+    def _code_is_run_only_when_asked(self) -> EvaluateSection:
+        running = [task.name for task in self.definitions if task.metric in RUNS_CODE]
+        if running and not self.allow_code_execution:
+            raise ValueError(
+                f"allow_code_execution: {', '.join(running)} would run programs that the model writes; set it to true "
+                "(telar evaluate --allow-code-execution), best in a container, or leave these tasks out"
+            )
         return self
 
 

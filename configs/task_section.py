@@ -23,12 +23,15 @@ METRICS = {
     "rouge_l": "generate",
     "bleu": "generate",
     "diversity": "generate",
+    "pass_at_k": "generate",
 }
+# Metrics that run what the model wrote.
+RUNS_CODE = ("pass_at_k",)
 # Metrics that are no means over rows: they have no groups and no drops.
 OF_ALL_ROWS = ("bleu", "diversity")
 # What a metric needs besides what its request does.
 NEEDS_ANSWER = ("accuracy", "true_mass", "bbq")
-NEEDS_TARGET = ("bits_per_byte", "exact_match", "squad", "rouge_l", "bleu")
+NEEDS_TARGET = ("bits_per_byte", "exact_match", "squad", "rouge_l", "bleu", "pass_at_k")
 
 
 class TaskCorpus(CorpusSection):
@@ -61,10 +64,10 @@ class TaskSection(Section):
     records: str = Field("", description="json, jsonl: dotted path to nested records")
     subset: str | None = Field(None, description="hf: name of the data set's configuration")
     split: str = Field("train", description="hf: split to read")
-    reshape: Literal["none", "winobias", "bbq", "truthfulqa"] = Field(
+    reshape: Literal["none", "winobias", "bbq", "truthfulqa", "mbpp"] = Field(
         "none",
-        description="what makes further fields of a row: winobias (two candidates to a pronoun), bbq (biased answers); "
-        "truthfulqa leaves empty candidates out",
+        description="what makes further fields of a row: winobias (two candidates to a pronoun), bbq (biased answers), "
+        "mbpp (tests as lines); truthfulqa leaves empty candidates out",
     )
     request: Literal["generate", "loglikelihood", "choices", "explain"] = Field(
         description="what the model is asked; explain: which tokens of the source its choice rests on"
@@ -95,6 +98,15 @@ class TaskSection(Section):
     )
     stop: tuple[str, ...] = Field((), description="generate: texts that an output ends before")
 
+    program: str = Field(
+        "",
+        description="pass_at_k: template of the program that is run, what was written as {completion}; `target` is a "
+        "solution that must pass, a control",
+    )
+    attempts: PositiveInt = Field(1, description="pass_at_k: outputs drawn for each row; 1: decoded as in the settings")
+    temperature: float = Field(0.8, gt=0.0, description="pass_at_k with attempts: logits are divided by it")
+    pass_at: tuple[int, ...] = Field((1,), description="pass_at_k: values of k, 1 the first, at most `attempts`")
+
     def corpus(self) -> TaskCorpus:
         """The rows as a corpus; its target is only a filler."""
         fields = {name: getattr(self, name) for name in READING}
@@ -116,7 +128,9 @@ class TaskSection(Section):
     @model_validator(mode="after")
     def _templates_are_templates(self) -> TaskSection:
         listed = [self.choices] if isinstance(self.choices, str) else list(self.choices)
-        named = [(field, getattr(self, field)) for field in ("source", "target", "answer", "group", "pair_by")]
+        named = [
+            (field, getattr(self, field)) for field in ("source", "target", "answer", "group", "pair_by", "program")
+        ]
         for field, text in [*named, *((f"choices.{i}", template) for i, template in enumerate(listed))]:
             try:
                 parts = list(string.Formatter().parse(text))
@@ -160,6 +174,23 @@ class TaskSection(Section):
             )
         if (self.metric == "bbq") != (self.reshape == "bbq"):
             raise ValueError("reshape: bbq makes the fields that metric: bbq judges; give both or none")
+        return self
+
+    @model_validator(mode="after")
+    def _programs_fit(self) -> TaskSection:
+        if self.metric not in RUNS_CODE:
+            for field in ("program", "attempts", "temperature", "pass_at"):
+                if getattr(self, field) != type(self).model_fields[field].default:
+                    raise ValueError(f"{field}: only metric: {' or '.join(RUNS_CODE)} has it; remove it")
+            return self
+        if "{completion}" not in self.program:
+            raise ValueError(
+                f"program: {self.program!r} has no {{completion}}, where what was written stands; add it and the tests"
+            )
+        if self.pass_at[:1] != (1,) or list(self.pass_at) != sorted(set(self.pass_at)):
+            raise ValueError(f"pass_at: {list(self.pass_at)} must begin with 1 and grow")
+        if self.pass_at[-1] > self.attempts:
+            raise ValueError(f"pass_at: k = {self.pass_at[-1]} needs as many attempts; raise attempts or leave it out")
         return self
 
     @model_validator(mode="after")

@@ -17,6 +17,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from configs.errors import DataError, StorageError
 from configs.schema import CorpusSection
+from data import drawn_shapes
 from data.hf_source import resolve
 from data.opening import is_web, read_errors, said
 from data.templates import where
@@ -35,6 +36,7 @@ SUFFIXES = {
     "tsv": (".tsv",),
     "parquet": (".parquet",),
     "arrow": (".arrow", ".feather"),
+    "babi": (".txt",),
 }
 COLUMN = "{column}"
 # Fields of fsspec's entries that change with the content, by file system; the most telling one first.
@@ -91,6 +93,13 @@ def _list(corpus: CorpusSection, field: str, path: str) -> list[SourceFile]:
         return [SourceFile((name,), split, 0, version)]
     if corpus.kind == "parallel":
         return _aligned(corpus, field, path)
+    if corpus.kind == "shapes":
+        if drawn_shapes.side_of(path) is None:
+            raise DataError(
+                f"{where(corpus, field)}: {path!r} names no drawn shapes; write {drawn_shapes.SCHEME}SIDE with a side "
+                f"of {drawn_shapes.SMALLEST_SIDE} to {drawn_shapes.LARGEST_SIDE} pixels"
+            )
+        return [SourceFile((path,), "shapes", 0, drawn_shapes.VERSION)]
     return _list_path(corpus, field, path)
 
 

@@ -20,7 +20,7 @@ from data.tokenizer import Tokenizer, with_our_names
 # Fields that decide how data is served, not what it is.
 OPERATIONAL = {
     *("cache_bytes", "fetch_timeout_seconds", "quarantine_fraction", "prepare_tasks", "prepare_memory_bytes"),
-    *("lanes", "window_blocks", "bucket_batches", "weight_changes"),
+    *("datasets", "lanes", "window_blocks", "bucket_batches", "weight_changes"),
 }
 
 # Fields that decide which records there are and which of them are held out; templates and weights do not.

@@ -13,7 +13,10 @@ from typing import IO
 from configs.errors import DataError
 from configs.schema import CorpusSection
 from data import hf_source
+from data.babi import FIELDS as STORY_FIELDS
+from data.babi import stories
 from data.delimited import delimited
+from data.drawn_shapes import shape_records, side_of
 from data.files import SourceFile
 from data.json_source import document, objects
 from data.opening import lines, opened
@@ -34,7 +37,7 @@ def known_fields(corpus: CorpusSection) -> tuple[str, ...] | None:
     """Fields of every record of a corpus as far as its configuration tells; None where the files decide."""
     if corpus.kind in ("python", "text"):
         return PYTHON_FIELDS if corpus.kind == "python" else ("text", "path")
-    return corpus.columns or None
+    return STORY_FIELDS if corpus.kind == "babi" else corpus.columns or None
 
 
 def has_content(corpus: CorpusSection, file: SourceFile) -> bool:
@@ -63,6 +66,9 @@ def read_records(
     if corpus.kind == "parallel":
         yield from _aligned(corpus, file)
         return
+    if corpus.kind == "shapes":
+        yield from shape_records(side_of(file.urls[0]), binary, origin)
+        return
     url = file.urls[0]
     with opened(corpus, url, seekable=corpus.kind in ("parquet", "arrow")) as stream:
         if corpus.kind == "python":
@@ -75,6 +81,8 @@ def read_records(
             yield from table_records(arrow_tables(stream, origin, binary), origin, binary)
         elif corpus.kind == "json":
             yield from document(stream, corpus, file.url)
+        elif corpus.kind == "babi":
+            yield from stories(lines(corpus, url, stream), file.relative, origin)
         elif corpus.kind == "jsonl":
             yield from objects(lines(corpus, url, stream), corpus.records, origin)
         else:

@@ -21,13 +21,17 @@ from data.tokenizer import Tokenizer
 from jobs.attributions import faithfulness, integrated_gradients
 from jobs.batches import to_model
 from jobs.classes import Classes
+from jobs.codebook import load_codebook
+from jobs.drawing import draw_pictures
 from jobs.evaluator import Evaluator
 from jobs.loading import load_trained
-from jobs.tasks.base import Choices, Explain, Generate, LogLikelihood, Request
+from jobs.references import references
+from jobs.tasks.base import Attempts, Choices, Draw, Explain, Generate, LogLikelihood, Request
 from jobs.tasks.choosing import probabilities
 from model.batch import ModelBatch
 from model.beam import beam_search
-from model.generation import greedy
+from model.generation import Sampling, generate, greedy
+from model.images import ImageTokenizer
 from model.transformer import Transformer, token_scores
 
 ROWS_AT_ONCE = 16
@@ -50,13 +54,20 @@ def load_evaluator(task: EvaluatorTask) -> Evaluator:
     torch.set_num_threads(1)
     storage = Storage(task.storage_url)
     found = load_trained(storage, task.run, task.config, task.step, task.config.evaluate.average_checkpoints)
-    return Evaluator(ModelAnswers(found.model, found.tokenizer, task.config), storage.child(task.run))
+    codebook = None
+    if any(corpus.task == "text_to_image" for corpus in task.config.data.corpora):
+        folder = references(storage.child(task.run))["codebook"]
+        codebook = load_codebook(storage, folder, found.manifest.codebook_digest)
+    return Evaluator(ModelAnswers(found.model, found.tokenizer, task.config, codebook), storage.child(task.run))
 
 
 class ModelAnswers:
     """A model and its tokenizer; texts are encoded, cut and shortened the way training does it."""
 
-    def __init__(self, model: Transformer, tokenizer: Tokenizer, config: RunConfig) -> None:
+    def __init__(
+        self, model: Transformer, tokenizer: Tokenizer, config: RunConfig, codebook: ImageTokenizer | None = None
+    ) -> None:
+        self._codebook = codebook
         self._model, self._tokenizer, self._data = model, tokenizer, config.data
         self._evaluate = config.evaluate
         tasks = [task.corpus() for task in config.evaluate.definitions]
@@ -84,21 +95,46 @@ class ModelAnswers:
         found = iter(self._score([*scored, *candidates], prefix, keep_head, pictures))
         answers.update((i, next(found)) for i in scoring)
         answers.update((i, _of_candidates([next(found) for _ in requests[i].targets])) for i in choosing)
+        drawing = [i for i, request in enumerate(requests) if isinstance(request, Draw)]
+        captions = [requests[i].source for i in drawing]
+        answers.update(zip(drawing, self._draw(captions, prefix, keep_head) if drawing else [], strict=True))
+        trying = [i for i, request in enumerate(requests) if isinstance(request, Attempts)]
+        answers.update((i, self._attempt(requests[i], prefix, keep_head, max_new_tokens)) for i in trying)
         explaining = [i for i, request in enumerate(requests) if isinstance(request, Explain)]
         answers.update((i, self._explain(requests[i], prefix, keep_head)) for i in explaining)
         return [answers[i] for i in range(len(requests))]
 
-    def _generate(
-        self, sources: Sequence[str], prefix: str | None, keep_head: bool, max_new_tokens: int, pictures: bool
-    ) -> list[dict[str, Any]]:
-        tokenizer, data = self._tokenizer, self._data
+    def _attempt(self, request: Attempts, prefix: str | None, keep_head: bool, max_new_tokens: int) -> dict[str, Any]:
+        """Several outputs of one source in one batch, so that what is drawn depends on the request alone."""
+        source = self._prompts([request.source], prefix, keep_head, max_new_tokens)[0]
+        bos, eos = self._tokenizer.bos_id, self._tokenizer.eos_id
+        choose = Sampling(request.temperature, seed=request.seed)
+        outputs = generate(self._model, [source] * request.number, bos, [eos], max_new_tokens, choose)
+        return {"texts": [self._tokenizer.decode(each) for each in outputs], "tokens": sum(map(len, outputs))}
+
+    def _draw(self, sources: Sequence[str], prefix: str | None, keep_head: bool) -> list[dict[str, Any]]:
+        assert self._codebook is not None, "a run with the task text_to_image has a codebook"
+        prompts = self._prompts(sources, prefix, keep_head, self._codebook.shape.tokens + 1)
+        return draw_pictures(self._model, self._tokenizer, self._codebook, prompts)
+
+    def _prompts(
+        self, sources: Sequence[str], prefix: str | None, keep_head: bool, max_new_tokens: int
+    ) -> list[list[int]]:
+        """Ids of sources, shortened as in training."""
+        data = self._data
         encoded = [
             fit_prompt(ids, max_new_tokens, data.target_tokens, keep_head)
             if self._sequence
             else fit_source(ids, data.source_tokens, keep_head)
             for ids in self._encode_sources(sources, prefix)
         ]
-        outputs = self._outputs([ids.tolist() for ids in encoded], max_new_tokens)
+        return [ids.tolist() for ids in encoded]
+
+    def _generate(
+        self, sources: Sequence[str], prefix: str | None, keep_head: bool, max_new_tokens: int, pictures: bool
+    ) -> list[dict[str, Any]]:
+        tokenizer = self._tokenizer
+        outputs = self._outputs(self._prompts(sources, prefix, keep_head, max_new_tokens), max_new_tokens)
         return [
             {
                 "text": self._text(output, pictures),

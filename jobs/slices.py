@@ -15,7 +15,7 @@ from cluster.storage import Storage
 from configs.errors import StorageError
 from configs.schema import EvaluateSection
 from jobs.energy import Energy
-from jobs.tasks.base import Choices, Example, Explain, Generate, Request, Row
+from jobs.tasks.base import Attempts, Choices, Draw, Example, Explain, Generate, Request, Row
 
 FOLDER = "evaluation/slices"
 GREEDY = "greedy"
@@ -52,7 +52,9 @@ class Slice:
 
 
 def _cost(request: Request, max_new_tokens: int) -> int:
-    if isinstance(request, Generate):
+    if isinstance(request, Attempts):
+        return request.number * (len(request.source) + 16 * max_new_tokens)
+    if isinstance(request, Generate | Draw):
         return len(request.source) + 16 * max_new_tokens
     if isinstance(request, Choices):
         return sum(len(request.source) + len(target) for target in request.targets)

@@ -198,7 +198,7 @@ def test_pictures_are_counted_where_people_read(trained):
         (lambda t: t["data"]["tokenizer"].pop("image_codes"), "set data.tokenizer.image_codes to 16"),
         (lambda t: t["data"].update(target_tokens=16), "set data.target_tokens to 17 or more"),
         (lambda t: t["images"].update(side=18), "18 pixels cannot be halved 2 times; choose a multiple of 4"),
-        (lambda t: t["data"]["corpora"][0].update(kind="jsonl"), "kind must be parquet, arrow or hf"),
+        (lambda t: t["data"]["corpora"][0].update(kind="jsonl"), "kind must be parquet, arrow, hf or shapes"),
         (lambda t: t["data"]["corpora"][0].update(source=""), "needs a source template"),
         (lambda t: t["data"]["corpora"][0].update(target="{caption}"), "no corpus has a target {image:COLUMN}"),
         (lambda t: t["data"].update(layout="sequence", target_tokens=17), "set data.target_tokens to 18 or more"),

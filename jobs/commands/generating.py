@@ -143,33 +143,25 @@ def generate_picture(
     Only image codes can be chosen, as many as a picture has; a file that is there is replaced. Raises ConfigError for
     a run without pictures, a text that it cannot draw, a file that cannot be written, and beam search.
     """
-    import torch
-
     from data.packing import fit_source
     from jobs.codebook import load_codebook
+    from jobs.drawing import picture_codes
     from jobs.loading import load_trained
     from jobs.pixels import write_png
     from jobs.references import references
-    from model.generation import generate
 
     config = place.config()
     _check_picture(place, config, source, file, choice)
     trained = load_trained(place.storage, place.name, config, step, average)
-    tokenizer, codes = trained.tokenizer, torch.tensor(trained.tokenizer.image_codes)
+    tokenizer = trained.tokenizer
     codebook = load_codebook(
         place.storage, references(place.storage.child(place.name))["codebook"], trained.manifest.codebook_digest
     )
-    choose = choice.chooser()
-
-    def choose_code(logits: torch.Tensor, rows: Sequence[int], at: int) -> torch.Tensor:
-        return codes[choose(logits[:, codes], rows, at)]
-
     encodes = config.model.architecture == "encoder_decoder"
     tokens = codebook.shape.tokens
     capacity = config.data.source_tokens if encodes else config.data.target_tokens - tokens - 1
     ids = fit_source(tokenizer.encode_batch([source], tokenizer.prefix_of(source))[0], capacity).tolist()
-    (output,) = generate(trained.model, [ids], tokenizer.bos_id, [], tokens, choose_code)
-    found = torch.tensor([tokenizer.decode_codes(output)])
+    found = picture_codes(trained.model, tokenizer, codebook, [ids], choice.chooser())
     try:
         write_png(codebook.decode(found)[0], file)
     except OSError as error:

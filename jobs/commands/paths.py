@@ -12,7 +12,7 @@ from cluster.storage import absolute_url
 from configs.errors import ConfigError
 from configs.load import parse_config
 from configs.schema import RunConfig
-from jobs.tasks.definitions import with_definitions
+from jobs.tasks.definitions import absolute_below, with_definitions
 
 
 def with_absolute_paths(config: RunConfig, file: str, check: bool) -> RunConfig:
@@ -30,12 +30,15 @@ def with_absolute_paths(config: RunConfig, file: str, check: bool) -> RunConfig:
         for column in task.columns if task.kind == "parallel" else [""]:
             _check(task.path.replace("{column}", column), f"evaluate.definitions.{task.name}.path")
     tree = json.loads(config.model_dump_json())
+    corpora = folder
+    if tree["data"]["datasets"] is not None:
+        corpora = tree["data"]["datasets"] = absolute_url(tree["data"]["datasets"], base=folder)
     for corpus in tree["data"]["corpora"]:
         # A Hub name has a scheme and stays; what an hf corpus holds out is a split, not a path.
         for field in ("path",) if corpus["kind"] == "hf" else ("path", "held_out"):
             if corpus[field] is None:
                 continue
-            corpus[field] = absolute_url(corpus[field], base=folder)
+            corpus[field] = absolute_below(corpus[field], corpora)
             columns = corpus["columns"] if corpus["kind"] == "parallel" else [""]
             for column in columns if check else ():
                 _check(corpus[field].replace("{column}", column), f"data.corpora.{corpus['name']}.{field}")

@@ -19,7 +19,7 @@ SEED = 0
 SHOWN_CHARACTERS = 400
 
 
-def evaluate_overrides(tasks: str | None, datasets: str | None) -> list[str]:
+def evaluate_overrides(tasks: str | None, datasets: str | None, code: bool = False) -> list[str]:
     """`--set` assignments of the options; files are named from the current folder."""
     changes = []
     if tasks is not None:
@@ -28,6 +28,8 @@ def evaluate_overrides(tasks: str | None, datasets: str | None) -> list[str]:
         changes.append(f"evaluate.tasks={json.dumps(named)}")
     if datasets is not None:
         changes.append(f"evaluate.datasets={json.dumps(datasets)}")
+    if code:
+        changes.append("evaluate.allow_code_execution=true")
     return changes
 
 

@@ -25,6 +25,29 @@ class Generate:
 
 
 @dataclass(frozen=True)
+class Attempts:
+    """Ask for several outputs that are drawn, given a source text.
+
+    Answer: {"texts": one for each attempt, "tokens": of all together}. What is drawn depends on `seed` and the source.
+    """
+
+    source: str
+    number: int
+    temperature: float
+    seed: int
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Ask for the picture of a caption: the most probable image code at each place.
+
+    Answer: {"codes": row by row, "side": pixels, "pixels": uint8 [side, side, 3] in base64, "tokens": codes written}.
+    """
+
+    source: str
+
+
+@dataclass(frozen=True)
 class LogLikelihood:
     """Ask how likely a target text is given a source text.
 
@@ -61,7 +84,7 @@ class Explain:
     targets: tuple[str, ...]
 
 
-Request = Generate | LogLikelihood | Choices | Explain
+Request = Generate | Attempts | Draw | LogLikelihood | Choices | Explain
 
 
 @dataclass(frozen=True)

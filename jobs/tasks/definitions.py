@@ -10,16 +10,25 @@ from cluster.storage import absolute_url
 from configs.errors import ConfigError
 from configs.load import load_task
 from configs.schema import RunConfig, TaskSection
+from configs.task_section import RUNS_CODE
 
 BUILT_IN = Path(configs.__file__).parent / "tasks"
 SUFFIXES = (".yaml", ".yml")
-# Stands for every built-in task.
+# Stands for every built-in task; those that run programs only where that is allowed.
 ALL = "all"
 
 
 def built_in_names() -> list[str]:
     """Names of the tasks that come with Telar, sorted."""
     return sorted(path.stem for path in BUILT_IN.glob("*.yaml"))
+
+
+def _all(allow_code_execution: bool) -> list[str]:
+    """Names of the built-in tasks that may run."""
+    names = built_in_names()
+    if allow_code_execution:
+        return names
+    return [name for name in names if load_task(BUILT_IN / f"{name}.yaml").metric not in RUNS_CODE]
 
 
 def is_file(entry: str) -> bool:
@@ -51,14 +60,15 @@ def read_definition(entry: str, base: str | None, datasets: str | None) -> TaskS
 def with_definitions(config: RunConfig, base: str | None) -> RunConfig:
     """`config` with what `evaluate.tasks` names put into `evaluate.definitions`, where it replaces equal names.
 
-    Paths of files, of `evaluate.datasets` and of definitions written in full are relative to `base` (None: the current
-    folder). Raises ConfigError.
+    Built-in tasks lie below `evaluate.datasets`, or else `data.datasets`. Paths of files, of both folders and of
+    definitions written in full are relative to `base` (None: the current folder). Raises ConfigError.
     """
     evaluate = config.evaluate
     found = {task.name: _placed(task, base) for task in evaluate.definitions}
-    datasets = None if evaluate.datasets is None else absolute_url(evaluate.datasets, base=base)
-    for given in evaluate.tasks:
-        for entry in built_in_names() if given == ALL else [given]:
+    given = evaluate.datasets or config.data.datasets
+    datasets = None if given is None else absolute_url(given, base=base)
+    for listed in evaluate.tasks:
+        for entry in _all(evaluate.allow_code_execution) if listed == ALL else [listed]:
             task = read_definition(entry, base, datasets)
             found[task.name] = task
     changed = evaluate.model_copy(update={"tasks": (), "datasets": datasets, "definitions": tuple(found.values())})
@@ -68,7 +78,11 @@ def with_definitions(config: RunConfig, base: str | None) -> RunConfig:
 def _placed(task: TaskSection, folder: str | None) -> TaskSection:
     if task.kind == "hf" and task.path.startswith("hf://"):
         return task
-    # A URL of the folder leads what is below it; local names are joined and made absolute.
-    if folder is not None and "://" in folder and "://" not in task.path and not task.path.startswith("/"):
-        return task.model_copy(update={"path": f"{folder.rstrip('/')}/{task.path}"})
-    return task.model_copy(update={"path": absolute_url(task.path, base=folder)})
+    return task.model_copy(update={"path": absolute_below(task.path, folder)})
+
+
+def absolute_below(path: str, folder: str | None) -> str:
+    """`path` made absolute; a relative one starts from `folder`, which may be a URL (None: the current folder)."""
+    if folder is not None and "://" in folder and "://" not in path and not path.startswith("/"):
+        return f"{folder.rstrip('/')}/{path}"
+    return absolute_url(path, base=folder)

@@ -13,6 +13,7 @@ from configs.schema import RunConfig, TaskSection
 from data.held_out import HeldOut
 from jobs.intervals import difference_interval
 from jobs.tasks.base import (
+    Attempts,
     Choices,
     Example,
     Explain,
@@ -108,6 +109,8 @@ class DataTask:
     def output(self, example: Example, row: Row) -> str | None:
         """What was written up to a stop, or the candidate that was chosen; None where a text was scored."""
         task = self.definition
+        if task.attempts > 1:
+            return stopped(row.answers[0]["texts"][0], task.stop)
         if task.request == "generate":
             return stopped(row.answers[0]["text"], task.stop)
         if task.request == "choices":
@@ -121,6 +124,8 @@ class DataTask:
 
     def _request(self, record: HeldOut) -> Request:
         task = self.definition
+        if task.attempts > 1:
+            return Attempts(record.source, task.attempts, task.temperature, record.index)
         if task.request == "generate":
             return Generate(record.source)
         if task.request == "loglikelihood":
@@ -217,4 +222,9 @@ def paired(
 def _headline(metric: str) -> str | None:
     if metric not in MEASURES:
         return None
-    return {"bbq": "accuracy", "squad": "exact_match", "faithfulness": "comprehensiveness"}.get(metric, metric)
+    return {
+        "bbq": "accuracy",
+        "squad": "exact_match",
+        "faithfulness": "comprehensiveness",
+        "pass_at_k": "pass_at_1",
+    }.get(metric, metric)

@@ -14,12 +14,13 @@ from jobs.tasks.base import Example, Measure, Metric, Row, TrainingFacts, statis
 from jobs.tasks.bias import bias_metrics, first_preferred
 from jobs.tasks.choosing import probabilities, scores, wins
 from jobs.tasks.likelihood import bits_measure, likelihood_metrics
+from jobs.tasks.programs import code_measures
 from jobs.tasks.question import answer_measures
 from jobs.tasks.rows import rendered, where
 from jobs.tasks.sentiment import label_metrics
 from jobs.tasks.summary import rouge_l
 from jobs.tasks.text_generation import diversity_metrics
-from jobs.tasks.translation import bleu, statistics
+from jobs.tasks.translation import FIGURES
 
 
 @dataclass(frozen=True)
@@ -159,6 +160,15 @@ def faithful(answered: Answered) -> list[Measure]:
     ]
 
 
+def code(answered: Answered) -> list[Measure]:
+    """pass@k and the share that parses; runs programs, which `evaluate.allow_code_execution` allowed at the start."""
+    texts = [
+        [stopped(text, answered.task.stop) for text in row.answers[0].get("texts") or [row.answers[0]["text"]]]
+        for row in answered.rows
+    ]
+    return code_measures(answered.task, answered.examples, texts)
+
+
 MEASURES: dict[str, Callable[[Answered], list[Measure]]] = {
     "accuracy": accuracy,
     "bbq": accuracy,
@@ -169,6 +179,7 @@ MEASURES: dict[str, Callable[[Answered], list[Measure]]] = {
     "squad": squad,
     "rouge_l": rouge,
     "bits_per_byte": bits,
+    "pass_at_k": code,
 }
 
 
@@ -182,7 +193,7 @@ def further_metrics(answered: Answered, facts: TrainingFacts, config: RunConfig)
     if task.metric == "diversity":
         return diversity_metrics(answered.outputs, answered.references if task.target else None, config)
     if task.metric == "bleu":
-        return [_bleu(answered, config)]
+        return _translated(answered, config)
     if task.metric == "accuracy" and _same_candidates(answered) and all(r.sum() == 1 for r in answered.right):
         answers = [int(np.argmax(r)) for r in answered.right]
         found = label_metrics(answered.scores, answers, len(answered.right[0]), None, config)[1:]
@@ -191,10 +202,13 @@ def further_metrics(answered: Answered, facts: TrainingFacts, config: RunConfig)
     return []
 
 
-def _bleu(answered: Answered, config: RunConfig) -> Metric:
-    own, copied = (statistics(texts, answered.references) for texts in (answered.outputs, answered.sources))
-    beside = {"source copied": copied}
-    return statistic_metric("bleu", "sacreBLEU", "BLEU", True, own, bleu, beside, config.evaluate, config.run.seed)
+def _translated(answered: Answered, config: RunConfig) -> list[Metric]:
+    found = []
+    for name, label, unit, sums_of, figure in FIGURES:
+        own, copied = (sums_of(texts, answered.references) for texts in (answered.outputs, answered.sources))
+        beside = {"source copied": copied}
+        found.append(statistic_metric(name, label, unit, True, own, figure, beside, config.evaluate, config.run.seed))
+    return found
 
 
 def _same_candidates(answered: Answered) -> bool:

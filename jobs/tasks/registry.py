@@ -10,6 +10,7 @@ from jobs.tasks.question import QuestionAnswering
 from jobs.tasks.sentiment import Sentiment
 from jobs.tasks.summary import Summary
 from jobs.tasks.text_generation import TextGeneration
+from jobs.tasks.text_to_image import TextToImage
 from jobs.tasks.translation import Translation
 
 TASKS: dict[str, Task] = {
@@ -22,6 +23,7 @@ TASKS: dict[str, Task] = {
         Sentiment(),
         QuestionAnswering(),
         TextGeneration(),
+        TextToImage(),
     )
 }
 

@@ -101,6 +101,15 @@ def truthfulqa(record: Record, origin: str) -> Iterator[Record]:
     yield cleaned
 
 
+def mbpp(record: Record, origin: str) -> Iterator[Record]:
+    """A row of MBPP (Austin et al. 2021) with `tests`, its assertions one a line, and `test`, the first of them."""
+    try:
+        tests = json.loads(record["test_list"])
+        yield {**record, "tests": "\n".join(tests), "test": tests[0]}
+    except (KeyError, ValueError, TypeError, IndexError) as error:
+        raise DataError(f"{origin}: no row of MBPP ({type(error).__name__}: {error})") from error
+
+
 def _group(record: Record, number: int) -> set[str]:
     """Names of an answer's group; of "f, negro" and "F-Black", which tell the sex too, also what stands behind it."""
     name = f"ans{number}"
@@ -131,4 +140,5 @@ RESHAPES: dict[str, Callable[[Record, str], Iterator[Record]]] = {
     "winobias": winobias,
     "bbq": bbq,
     "truthfulqa": truthfulqa,
+    "mbpp": mbpp,
 }

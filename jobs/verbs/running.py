@@ -194,6 +194,9 @@ def stop(run: str, now: bool, timeout: float, address: str | None, storage: str 
     help="Also these tasks: built-in names (all: every one) or YAML files, with commas between.",
 )
 @click.option("--datasets", metavar="URL", help="Folder of the files of built-in tasks (evaluate.datasets).")
+@click.option(
+    "--allow-code-execution", "code", is_flag=True, help="Run programs that the model writes (humaneval, mbpp)."
+)
 @address
 @storage
 @overrides
@@ -202,6 +205,7 @@ def evaluate(
     run: str,
     named: str | None,
     datasets: str | None,
+    code: bool,
     address: str | None,
     storage: str | None,
     overrides: tuple[str, ...],
@@ -211,7 +215,7 @@ def evaluate(
     from jobs.commands.submitting import Request
     from jobs.commands.task_listing import evaluate_overrides
 
-    changes = (*overrides, *evaluate_overrides(named, datasets))
+    changes = (*overrides, *evaluate_overrides(named, datasets, code))
     _submit(Request(None, changes, run, storage, address, False, stage="evaluate"), True, False, as_json)
 
 
