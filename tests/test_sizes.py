@@ -37,5 +37,5 @@ def test_parameters_are_those_of_the_paper(name):
 
 
 def test_every_configuration_is_checked_here():
-    own = {"smoke", "text_to_image", "sentiment_encoder"}
+    own = {"smoke", "text_to_image", "sentiment_encoder", "seven_tasks", "seven_tasks_gpu", "evaluate_all"}
     assert {path.stem for path in (ROOT / "configs").glob("*.yaml")} == {*PUBLISHED, *own}
