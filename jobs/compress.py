@@ -140,7 +140,7 @@ def _recorded(storage: Storage, name: str, subjects: list[Subject]) -> dict[str,
     record = {
         "run": name,
         **json.loads(storage.read_text(f"{name}/{RECORD}")),
-        "rows": figures(storage, subjects),
+        "rows": figures(storage, name, subjects),
         "measured": measured_how(),
         "versions": versions(),
         "hardware": hardware(),

@@ -147,6 +147,15 @@ def test_a_compressed_run_is_evaluated(trained):
     record = json.loads(storage.read_text("judged/compression.json"))
     assert nll["value"] == pytest.approx(record["rows"][1]["nll"], rel=0.2)
     assert evaluate.is_done(config, storage, "judged", manifest, STEP)
+    # Fewer records than the table takes at most: the same answers, so the same figures of the tasks.
+    judged = {(cell["corpus"], metric["name"]): metric for cell in results["cells"] for metric in cell["metrics"]}
+    found = record["rows"][1]["tasks"]
+    assert {figure["corpus"] for figure in found} == {corpus.name for corpus in config.data.corpora}
+    for figure in found:
+        same = judged[figure["corpus"], figure["name"]]
+        assert (figure["value"], figure["n"]) == (same["value"], same["n"]) and figure["n"] <= 64
+    page = CliRunner().invoke(cli, ["report", f"{storage.url}/judged"])
+    assert page.exit_code == 0 and found[0]["label"] in storage.read_text("judged/report.html")
 
 
 def test_a_structurally_pruned_run_is_smaller_and_can_be_quantized(trained):
