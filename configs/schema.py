@@ -158,6 +158,9 @@ class TrainSection(Section):
     activation_checkpointing: bool = Field(
         False, description="keep only what enters each layer and compute the rest again in the backward pass"
     )
+    quantize: Literal["int8", "int4"] | None = Field(
+        None, description="forward passes on matrices rounded as `telar compress` rounds them (quantization-aware)"
+    )
     threads_per_rank: PositiveInt = Field(1, description="CPU threads of one training rank")
 
     @model_validator(mode="after")
@@ -433,6 +436,19 @@ class RunConfig(Section):
                 "parallelism.offload: muon multiplies whole matrices on the device; set optimizer.name to adam, or "
                 "remove offload"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _weights_can_be_rounded(self) -> RunConfig:
+        if self.train.quantize is None:
+            return self
+        if self.parallelism.tensor > 1:
+            raise ValueError(
+                f"train.quantize: {self.train.quantize} takes the scales of whole rows, and tensor ranks have parts of "
+                "them; set parallelism.tensor to 1"
+            )
+        if self.model.architecture == "encoder":
+            raise ValueError("train.quantize: an encoder is not compressed afterwards; remove train.quantize")
         return self
 
     @model_validator(mode="after")

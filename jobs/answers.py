@@ -14,6 +14,7 @@ from cluster.storage import Storage
 from configs.errors import DataError
 from configs.schema import CorpusSection, RunConfig
 from data.batches import Collator
+from data.manifest import Manifest
 from data.packing import Pair, cut_pairs, cut_sequence, fit_prompt, fit_source
 from data.ring import Arrays
 from data.templates import literal_start
@@ -54,11 +55,15 @@ def load_evaluator(task: EvaluatorTask) -> Evaluator:
     torch.set_num_threads(1)
     storage = Storage(task.storage_url)
     found = load_trained(storage, task.run, task.config, task.step, task.config.evaluate.average_checkpoints)
-    codebook = None
-    if any(corpus.task == "text_to_image" for corpus in task.config.data.corpora):
-        folder = references(storage.child(task.run))["codebook"]
-        codebook = load_codebook(storage, folder, found.manifest.codebook_digest)
+    codebook = codebook_of(task.config, storage, task.run, found.manifest)
     return Evaluator(ModelAnswers(found.model, found.tokenizer, task.config, codebook), storage.child(task.run))
+
+
+def codebook_of(config: RunConfig, storage: Storage, run: str, manifest: Manifest) -> ImageTokenizer | None:
+    """The codebook of a run that is judged by the pictures it draws, else None."""
+    if all(corpus.task != "text_to_image" for corpus in config.data.corpora):
+        return None
+    return load_codebook(storage, references(storage.child(run))["codebook"], manifest.codebook_digest)
 
 
 class ModelAnswers:

@@ -3,7 +3,7 @@
 The new run has config.yaml, manifest.json, status.json, one committed checkpoint and compression.json, and is written
 whole or not at all. A structurally pruned checkpoint keeps the optimizer's moments of what remains when it is to
 recover, so training goes on from it as after any other checkpoint; a recovery that is cut off leaves a run that can be
-resumed, without figures.
+resumed, without figures. Training before quantizing is a run too, NAME-float: it holds the weights before rounding.
 """
 
 from __future__ import annotations
@@ -13,7 +13,10 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import closing, redirect_stdout
+from dataclasses import replace
 from typing import Any
+
+from torch import Tensor
 
 from cluster.commit import Committed
 from cluster.storage import Storage
@@ -33,14 +36,15 @@ from model.checkpoint import CheckpointReader, load_state
 from model.fragments import WEIGHT, Fragment
 from model.prune import choose, cut, importance, pruned_section
 from model.quantize import model_fragments, quantize
+from model.rounding import ROUNDED_AS
 from model.sparsify import PATTERN_OF, sparsify
-from model.transformer import build_model
+from model.transformer import Transformer, build_model
 
 CALIBRATION_BATCHES = 16
 
 
 class CompressionError(TelarError):
-    """Training after pruning failed."""
+    """Training of what is compressed failed."""
 
 
 def compress(
@@ -64,6 +68,8 @@ def compress(
     _check_source(storage, run, config, compression)
     before = load_trained(storage, run, config, committed.step)
     report(f"{storage.url}/{run}: step {committed.step}, {compression.label}")
+    if compression.quantize is not None and compression.recover_steps:
+        return _trained_then_quantized(storage, run, name, before, committed, compression, report)
     section, pieces = _compressed(storage, run, before, committed, compression)
     made = compressed_config(config, name, section, committed.step + compression.recover_steps)
     write_compressed(storage, run, name, made, committed, pieces, compression)
@@ -74,6 +80,37 @@ def compress(
         if not compression.recover_steps:
             storage.remove(name)
         raise
+
+
+def _trained_then_quantized(
+    storage: Storage,
+    run: str,
+    name: str,
+    before: Trained,
+    committed: Committed,
+    compression: Compression,
+    report: Callable[[str], None],
+) -> dict[str, Any]:
+    """Go on from `committed` on rounded weights, as a run of its own, and quantize what comes of it."""
+    config, own = before.config, f"{name}-float"
+    _check_place(storage, own)
+    steps = committed.step + compression.recover_steps
+    training = compressed_config(config, own, config.model, steps, ROUNDED_AS[compression.quantize])
+    with CheckpointReader(storage.child(run, "checkpoints"), committed) as reader:
+        states = sorted(set().union(*reader.states().values()))
+        pieces = [piece for state in states for piece in _pieces(state, load_state(reader, state))]
+    write_compressed(storage, run, own, training, committed, pieces, None)
+    _recover(storage, own, training, report)
+    last = choose_checkpoints(storage, own)[-1]
+    made = compressed_config(config, name, config.model, last.step)
+    packed = _packed(load_trained(storage, own, training), compression)
+    write_compressed(storage, own, name, made, last, model_fragments(packed), compression)
+    subjects = [
+        Subject("before", before),
+        Subject(compression.kind, replace(before, model=_packed(before, compression))),
+        Subject(f"{compression.kind}, {compression.recover_steps} steps before", load_trained(storage, name, made)),
+    ]
+    return _recorded(storage, name, subjects)
 
 
 def _measured(
@@ -95,10 +132,15 @@ def _measured(
         subjects.append(
             Subject(f"{compression.label}, {compression.recover_steps} more steps", load_trained(storage, name, made))
         )
+    return _recorded(storage, name, subjects)
+
+
+def _recorded(storage: Storage, name: str, subjects: list[Subject]) -> dict[str, Any]:
+    """Measure the subjects in turn and add their figures to the RECORD of the run `name`; returns the content."""
     record = {
         "run": name,
         **json.loads(storage.read_text(f"{name}/{RECORD}")),
-        "rows": figures(storage, subjects),
+        "rows": figures(storage, name, subjects),
         "measured": measured_how(),
         "versions": versions(),
         "hardware": hardware(),
@@ -135,7 +177,7 @@ def _compressed(
     storage: Storage, run: str, before: Trained, committed: Committed, compression: Compression
 ) -> tuple[ModelSection, list[Fragment]]:
     """The model section and the fragments of the compressed model; `before` stays as it is."""
-    config, manifest = before.config, before.manifest
+    config = before.config
     if compression.prune is not None and compression.method == "structured":
         kept = choose(
             before.model, importance(before.model, _calibration(storage, before, committed)), compression.prune
@@ -150,17 +192,32 @@ def _compressed(
         with CheckpointReader(storage.child(run, "checkpoints"), committed) as reader:
             states = sorted(set().union(*reader.states().values())) if compression.recover_steps else [WEIGHT]
             for state in states:
-                for name, tensor in cut(load_state(reader, state), config.model, kept).items():
-                    pieces.append(Fragment(name, state, tuple(tensor.shape), 0, tensor.flatten()))
+                pieces += _pieces(state, cut(load_state(reader, state), config.model, kept))
         return section, pieces
-    model = build_model(config.model, manifest.vocabulary_size, config.run.seed).eval()
-    model.load(dict(before.model.named_parameters()))
     if compression.quantize is not None:
-        quantize(model, compression.quantize, compression.group)
-    else:
-        batches = _calibration(storage, before, committed) if compression.method == "wanda" else ()
-        sparsify(model, compression.method, compression.prune, compression.pattern is not None, batches)
+        return config.model, model_fragments(_packed(before, compression))
+    batches = _calibration(storage, before, committed) if compression.method == "wanda" else ()
+    model = _copy(before)
+    sparsify(model, compression.method, compression.prune, compression.pattern is not None, batches)
     return config.model, model_fragments(model)
+
+
+def _copy(trained: Trained) -> Transformer:
+    config = trained.config
+    model = build_model(config.model, trained.manifest.vocabulary_size, config.run.seed).eval()
+    model.load(dict(trained.model.named_parameters()))
+    return model
+
+
+def _packed(trained: Trained, compression: Compression) -> Transformer:
+    """A quantized copy of the model."""
+    model = _copy(trained)
+    quantize(model, compression.quantize, compression.group)
+    return model
+
+
+def _pieces(state: str, tensors: dict[str, Tensor]) -> list[Fragment]:
+    return [Fragment(name, state, tuple(tensor.shape), 0, tensor.flatten()) for name, tensor in tensors.items()]
 
 
 def _calibration(storage: Storage, trained: Trained, committed: Committed) -> list[ModelBatch]:
@@ -187,7 +244,7 @@ def _calibration(storage: Storage, trained: Trained, committed: Committed) -> li
 
 
 def _recover(storage: Storage, name: str, config: RunConfig, report: Callable[[str], None]) -> None:
-    """Train the pruned run to its last step in plain processes on this machine; lines go to stderr."""
+    """Train the run to its last step in plain processes on this machine; lines go to stderr."""
     from jobs.train_local import train_locally
 
     report(f"training {storage.url}/{name} to step {config.train.steps}")
@@ -195,6 +252,6 @@ def _recover(storage: Storage, name: str, config: RunConfig, report: Callable[[s
         code = train_locally(config, storage, name)
     if code:
         raise CompressionError(
-            f"{storage.url}/{name}: training after pruning ended early (exit code {code}); "
+            f"{storage.url}/{name}: training ended early (exit code {code}); "
             f"`telar submit --resume {name}` goes on from its last checkpoint"
         )

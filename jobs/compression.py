@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from configs.errors import ConfigError
 from model.packed import KINDS, Int4Weight
+from model.rounding import Rounding
 
 METHODS = ("structured", "wanda", "magnitude")
 GROUPS = (32, 64, 128)
@@ -16,7 +17,8 @@ PATTERN = "2:4"
 class Compression:
     """What is to be done: `quantize` (one of KINDS) or `prune` (a share in (0, 1)) by one of METHODS.
 
-    `group` is for int4, `pattern` ("2:4") for wanda and magnitude, `recover_steps` (optimizer steps) for structured.
+    `group` is for int4, `pattern` ("2:4") for wanda and magnitude. `recover_steps` (optimizer steps) are trained after
+    structured pruning, and before quantizing, on rounded weights.
     """
 
     quantize: str | None = None
@@ -43,15 +45,24 @@ class Compression:
         unstructured = self.prune is not None and self.method != "structured"
         if self.pattern is not None and (not unstructured or self.prune != 0.5):
             raise ConfigError("--pattern: 2:4 takes away half; use it with --prune 0.5 --method wanda or magnitude")
-        if self.recover_steps < 0 or (self.recover_steps and (self.prune is None or unstructured)):
+        if self.recover_steps < 0 or (self.recover_steps and unstructured):
             raise ConfigError(
-                "--recover-steps: only structured pruning is followed by training; training would fill the zeros of "
-                "the other methods again, and packed integers cannot be trained"
+                "--recover-steps: only structured pruning and quantizing go with training; it would fill the zeros of "
+                "the other methods again"
             )
+        if self.recover_steps and self.quantize is not None and self.group != Rounding.group:
+            raise ConfigError(
+                f"--group: training rounds in groups of {Rounding.group}; leave --group or --recover-steps out"
+            )
+
+    @property
+    def kind(self) -> str:
+        """What quantizing makes, such as `int8-weight` or `int4-group-64`."""
+        return f"{self.quantize}-{self.group}" if self.quantize == Int4Weight.kind else str(self.quantize)
 
     @property
     def label(self) -> str:
         """Short name, such as `int8-weight`, `structured-30` or `wanda-2-4`."""
         if self.quantize is not None:
-            return self.quantize if self.quantize != Int4Weight.kind else f"{self.quantize}-{self.group}"
+            return f"{self.kind}-trained" if self.recover_steps else self.kind
         return f"{self.method}-2-4" if self.pattern else f"{self.method}-{100 * self.prune:g}".replace(".", "_")

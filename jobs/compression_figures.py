@@ -15,8 +15,10 @@ from cluster.storage import Storage
 from data.held_out import read_records
 from data.packing import fit_source
 from jobs.answers import ModelAnswers, keeps_head
+from jobs.compression_tasks import TASK_RECORDS, task_figures
 from jobs.loading import Trained
 from jobs.tasks.base import LogLikelihood
+from jobs.training_facts import training_facts
 from model.checkpoint import file_bytes
 from model.generation import generate
 from model.quantize import memory_bytes, model_fragments
@@ -34,15 +36,18 @@ class Subject:
     trained: Trained
 
 
-def figures(storage: Storage, subjects: list[Subject]) -> list[dict[str, Any]]:
-    """One row per subject: label, disk_bytes, memory_bytes, nll, tokens, nll_of, tokens_per_second.
+def figures(storage: Storage, run: str, subjects: list[Subject]) -> list[dict[str, Any]]:
+    """One row per subject: label, disk_bytes, memory_bytes, nll, tokens, nll_of, tasks, tokens_per_second.
 
     `disk_bytes` is what a file of the weights alone takes, without an optimizer's moments. `nll` is in nats per target
     token over the held-out records that evaluation scores (`evaluate.likelihood_records` per corpus); None when there
-    are none. `tokens_per_second` gives median, lowest and highest by batch size.
+    are none. `tasks` is what `task_figures` gives; `run` is one of theirs. `tokens_per_second` gives median, lowest and
+    highest by batch size.
     """
     speeds = decoding_speeds({subject.label: subject.trained for subject in subjects}, storage)
     rows = []
+    first = subjects[0].trained
+    facts = training_facts(first.config, storage, first.manifest, first.steps[-1])
     for subject in subjects:
         model = subject.trained.model
         losses = held_out_losses(storage, subject.trained)
@@ -55,6 +60,7 @@ def figures(storage: Storage, subjects: list[Subject]) -> list[dict[str, Any]]:
                 "nll": sum(total for total, _ in losses.values()) / tokens if tokens else None,
                 "tokens": tokens,
                 "nll_of": {corpus: total / count for corpus, (total, count) in losses.items() if count},
+                "tasks": task_figures(storage, run, subject.trained, facts),
                 "tokens_per_second": speeds[subject.label],
             }
         )
@@ -125,6 +131,7 @@ def measured_how() -> dict[str, Any]:
         "prompt_tokens_at_most": PROMPT_TOKENS,
         "new_tokens": NEW_TOKENS,
         "rounds": ROUNDS,
+        "task_records_at_most": TASK_RECORDS,
         "threads": torch.get_num_threads(),
         "device": "cpu",
         "dtype": "float32 activations",

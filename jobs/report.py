@@ -8,7 +8,7 @@ from html import escape
 from typing import Any
 
 from cluster.storage import Storage
-from jobs.compression_table import HEAD, table_rows
+from jobs.compression_table import HEAD, table_rows, task_head, task_rows
 from jobs.report_data import RunFiles, course, read_run, smoothed
 from jobs.report_plots import Mark, Series, line_chart, short
 from jobs.report_style import STYLE
@@ -194,8 +194,11 @@ def _compression(record: dict[str, Any]) -> str:
         return ""
     origin = record["source"]
     title = f"{record['compression']['label']} of step {origin['step']:,} of {origin['run']}"
-    table = plain_table(HEAD, table_rows(record), right=range(1, len(HEAD)))
-    return f'<h2>Compression <small>{escape(title)}</small></h2><div class="card">{table}</div>'
+    tables = plain_table(HEAD, table_rows(record), right=range(1, len(HEAD)))
+    if tasks := task_rows(record):
+        head = task_head(record)
+        tables += plain_table(head, tasks, right=range(1, len(head)))
+    return f'<h2>Compression <small>{escape(title)}</small></h2><div class="card">{tables}</div>'
 
 
 def _evaluation(results: dict[str, Any] | None) -> str:

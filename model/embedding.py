@@ -13,14 +13,17 @@ from model.dropout import SeededDropout
 from model.mesh import ALONE, Axis
 from model.parallel_linear import embedded
 from model.positions import sinusoidal_positions
+from model.rounding import Rounding, as_trained
 from model.sliced import slice_of
 
 
 class Embedding(nn.Module):
     """Token embedding times sqrt(d_model) plus positions, with dropout: sections 3.4, 3.5 and 5.4 of the paper.
 
-    `weight` has the rows of this rank of `tensor`.
+    `weight` has the rows of this rank of `tensor`; `rounding` is for quantization-aware training.
     """
+
+    rounding: Rounding | None = None
 
     def __init__(self, weight: nn.Parameter, model: ModelSection, seed: int, name: str, tensor: Axis = ALONE) -> None:
         super().__init__()
@@ -33,7 +36,7 @@ class Embedding(nn.Module):
 
     def embed(self, tokens: Tensor, positions: Tensor, key: Tensor) -> Tensor:
         """`[batch, sequence]` ints -> `[batch, sequence, d_model]`."""
-        hidden = embedded(tokens, self.weight, self.rows, self.tensor)
+        hidden = embedded(tokens, as_trained(self.weight, self.rounding), self.rows, self.tensor)
         if self.scale != 1.0:
             hidden = hidden * self.scale
         if self.kind == "sinusoidal":

@@ -22,6 +22,7 @@ from model.fragments import muon_pieces
 from model.mesh import Mesh, ModelParallelUnit, ParallelContext, join
 from model.muon import MuonAdamW
 from model.optimizer import build_optimizer
+from model.rounding import round_weights
 from model.step import StepResult, agree, check_finite
 from model.transformer import Transformer, build_layers, parameter_shapes
 
@@ -141,6 +142,7 @@ def _whole_model(
     layers = build_layers(config.model, seed, train.label_smoothing, train.z_loss, context.tensor)
     module = Transformer(layers, vocabulary_size, config.model, context.tensor)
     module.recomputes = train.activation_checkpointing
+    round_weights(module, train)
     module.begin(seed, initial)
     module = module.to(device)
     optimizer = build_optimizer(module, config.optimizer)

@@ -11,14 +11,17 @@ from model.loss import LossSums, chunked_cross_entropy
 from model.mesh import ALONE, Axis
 from model.packed import project
 from model.parallel_linear import copied, gathered
+from model.rounding import Rounding, as_trained
 from model.sliced import mark, slice_of
 
 
 class Head(nn.Module):
     """The output projection, without bias: the embedding matrix (section 3.4 of the paper) or one of its own.
 
-    `weight` has the rows of this rank of `tensor`.
+    `weight` has the rows of this rank of `tensor`; `rounding` is for quantization-aware training.
     """
+
+    rounding: Rounding | None = None
 
     def __init__(
         self,
@@ -39,7 +42,7 @@ class Head(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """`[..., d_model]` -> float32 `[..., vocabulary]`."""
-        own = project(copied(hidden, self.tensor), self.weight).float()
+        own = project(copied(hidden, self.tensor), as_trained(self.weight, self.rounding)).float()
         return gathered(own, self.rows, self.tensor)
 
     def scores(self, inputs: tuple[Tensor, ...]) -> Tensor:
@@ -50,7 +53,7 @@ class Head(nn.Module):
         """Loss and nll summed over the positions `[batch, target]` that have weight."""
         return chunked_cross_entropy(
             inputs[0],
-            self.weight,
+            as_trained(self.weight, self.rounding),
             labels,
             loss_weight,
             self.label_smoothing,

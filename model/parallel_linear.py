@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from model.mesh import ALONE, Axis
 from model.packed import PackedWeight, look_up
+from model.rounding import Rounding, as_trained
 from model.sliced import Slice, mark
 
 
@@ -79,8 +80,10 @@ def _sum(x: Tensor, axis: Axis) -> Tensor:
 class ColumnParallelLinear(nn.Linear):
     """`x W^T + b` with the outputs divided among ranks: each has rows of the weight, and of the bias.
 
-    `x` must have passed `copied`. Outputs divide evenly.
+    `x` must have passed `copied`. Outputs divide evenly. `rounding` is for quantization-aware training.
     """
+
+    rounding: Rounding | None = None
 
     def __init__(self, inputs: int, outputs: int, bias: bool = True, axis: Axis = ALONE) -> None:
         assert outputs % axis.size == 0
@@ -88,12 +91,18 @@ class ColumnParallelLinear(nn.Linear):
         for parameter in self.parameters():
             mark(parameter, Slice(0, outputs, axis.rank, axis.size))
 
+    def forward(self, x: Tensor) -> Tensor:
+        """`[..., inputs]` -> `[..., outputs of this rank]`."""
+        return F.linear(x, as_trained(self.weight, self.rounding), self.bias)
+
 
 class RowParallelLinear(nn.Linear):
     """`x W^T + b` with the inputs divided among ranks: each has columns of the weight, and all of the bias.
 
-    The products are summed over ranks, then the bias is added, once. Inputs divide evenly.
+    The products are summed over ranks, then the bias is added, once. Inputs divide evenly. `rounding` as above.
     """
+
+    rounding: Rounding | None = None
 
     def __init__(self, inputs: int, outputs: int, bias: bool = True, axis: Axis = ALONE) -> None:
         assert inputs % axis.size == 0
@@ -104,7 +113,7 @@ class RowParallelLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """`[..., inputs of this rank]` -> `[..., outputs]`, equal on all ranks."""
         if self.axis.size == 1:
-            return super().forward(x)
+            return F.linear(x, as_trained(self.weight, self.rounding), self.bias)
         product = reduced(F.linear(x, self.weight), self.axis)
         return product if self.bias is None else product + self.bias
 

@@ -29,6 +29,7 @@ from model.engine import Engine
 from model.loss import LossSums
 from model.mesh import Mesh, ParallelContext, new_groups
 from model.optimizer import build_optimizer
+from model.rounding import round_weights
 from model.sliced import mark_copy
 from model.transformer import EMBEDDING, Transformer, build_layers
 
@@ -164,6 +165,7 @@ def one_stage(
     names = stage_names(config, vocabulary_size)
     stage = Stage([spec for spec in specs if spec.name in names[at]], vocabulary_size, config.model, context.tensor)
     stage.recomputes = train.activation_checkpointing
+    round_weights(stage, train)
     stage.begin(seed, initial)
     # Every rank knows which stages use the matrix, and all of them make the groups.
     sharing = embedding_stages(config, names)

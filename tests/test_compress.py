@@ -147,6 +147,15 @@ def test_a_compressed_run_is_evaluated(trained):
     record = json.loads(storage.read_text("judged/compression.json"))
     assert nll["value"] == pytest.approx(record["rows"][1]["nll"], rel=0.2)
     assert evaluate.is_done(config, storage, "judged", manifest, STEP)
+    # Fewer records than the table takes at most: the same answers, so the same figures of the tasks.
+    judged = {(cell["corpus"], metric["name"]): metric for cell in results["cells"] for metric in cell["metrics"]}
+    found = record["rows"][1]["tasks"]
+    assert {figure["corpus"] for figure in found} == {corpus.name for corpus in config.data.corpora}
+    for figure in found:
+        same = judged[figure["corpus"], figure["name"]]
+        assert (figure["value"], figure["n"]) == (same["value"], same["n"]) and figure["n"] <= 64
+    page = CliRunner().invoke(cli, ["report", f"{storage.url}/judged"])
+    assert page.exit_code == 0 and found[0]["label"] in storage.read_text("judged/report.html")
 
 
 def test_a_structurally_pruned_run_is_smaller_and_can_be_quantized(trained):
@@ -199,7 +208,8 @@ def test_an_unstructured_run_has_zeros(trained, method):
         (["--prune", "0.4", "--method", "wanda", "--pattern", "2:4"], "--pattern"),
         (["--prune", "0.5", "--method", "wanda", "--pattern", "1:4"], "1:4"),
         (["--prune", "0.5", "--method", "wanda", "--recover-steps", "5"], "--recover-steps"),
-        (["--quantize", "int8-weight", "--recover-steps", "5"], "--recover-steps"),
+        (["--quantize", "int4-group", "--group", "32", "--recover-steps", "5"], "--group: .* groups of 64"),
+        (["--quantize", "int8-weight", "--recover-steps", "-1"], "--recover-steps"),
         (["--quantize", "int8-weight", "--step", "4"], "step 4"),
         (["--quantize", "int8-weight", "--name", "demo"], "--name: 'demo' exists"),
         (["--quantize", "int8-weight", "--name", "a/b"], "--name"),
@@ -241,11 +251,13 @@ def test_half_written_runs_are_removed(trained, monkeypatch):
 
 def test_labels_name_runs():
     labels = [Compression(quantize="int4-group"), Compression(prune=0.3), Compression(prune=0.125, method="wanda")]
-    assert [each.label for each in labels] == ["int4-group-64", "structured-30", "wanda-12_5"]
+    labels.append(Compression(quantize="int8-weight", recover_steps=9))
+    assert [each.label for each in labels] == ["int4-group-64", "structured-30", "wanda-12_5", "int8-weight-trained"]
 
 
-@pytest.mark.slow
-def test_a_pruned_run_goes_on_training_from_its_moments(tmp_path):
+@pytest.fixture
+def command(tmp_path):
+    """Runs `python -m MODULE ARGUMENTS` beside tiny.yaml and returns what it prints."""
     (tmp_path / "code").mkdir()
     write_corpus(tmp_path / "code")
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump({**TINY, "parallelism": {"data": 1}}))
@@ -265,7 +277,33 @@ def test_a_pruned_run_goes_on_training_from_its_moments(tmp_path):
         return done.stdout
 
     run("jobs.train_local", "tiny.yaml", "--set", "run.name=whole")
-    made = json.loads(run("jobs.cli", "compress", "runs/whole", "--prune", "0.5", "--recover-steps", "4", "--json"))
+    return run
+
+
+@pytest.mark.slow
+def test_a_quantized_run_may_have_trained_on_rounded_weights(command, tmp_path):
+    arguments = ("compress", "runs/whole", "--quantize", "int4-group", "--recover-steps", "4", "--json")
+    made = json.loads(command("jobs.cli", *arguments))
+    storage, name = Storage(str(tmp_path / "runs")), "whole-int4-group-64-trained"
+    labels = ["before", "int4-group-64", "int4-group-64, 4 steps before"]
+    assert made["run"] == name and [row["label"] for row in made["rows"]] == labels
+    between = RunPlace(storage, f"{name}-float")
+    assert between.config().train.quantize == "int4" and between.config().train.steps == 10
+    steps = [json.loads(line)["step"] for line in storage.read_text(f"{name}-float/metrics.jsonl").splitlines()]
+    assert steps == [7, 8, 9, 10]
+    # The packed weights are those of the run between, rounded.
+    packed = load_trained(storage, name, RunPlace(storage, name).config())
+    trained = load_trained(storage, between.name, between.config())
+    quantize(trained.model, "int4-group")
+    expected, found = dense_parameters(trained.model), dense_parameters(packed.model)
+    assert all(torch.equal(found[each], expected[each]) for each in expected)
+    assert made["rows"][2]["disk_bytes"] == made["rows"][1]["disk_bytes"] < made["rows"][0]["disk_bytes"] / 4
+    assert packed.config.train.quantize is None and packed.steps == (10,)
+
+
+@pytest.mark.slow
+def test_a_pruned_run_goes_on_training_from_its_moments(command, tmp_path):
+    made = json.loads(command("jobs.cli", "compress", "runs/whole", "--prune", "0.5", "--recover-steps", "4", "--json"))
     storage = Storage(str(tmp_path / "runs"))
     name = "whole-structured-50"
     assert [row["label"] for row in made["rows"]] == ["before", "structured-50", "structured-50, 4 more steps"]

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jobs.commands.runs import RunPlace
-from jobs.compression_table import HEAD, table_rows
+from jobs.compression_table import HEAD, table_rows, task_head, task_rows
 
 
 def compress_run(
@@ -32,14 +32,17 @@ def compress_run(
 
 
 def on(stream: TextIO, result: dict[str, Any]) -> str:
-    """The table as text for what `stream` is: a terminal of some width, or none."""
+    """The tables as text for what `stream` is: a terminal of some width, or none."""
     width = shutil.get_terminal_size().columns if stream.isatty() else 200
     console = Console(file=io.StringIO(), width=width, force_terminal=stream.isatty(), highlight=False)
-    table = Table(box=None, header_style="bold")
-    for number, title in enumerate(HEAD):
-        table.add_column(title, justify="right" if number else "left")
-    for row in table_rows(result):
-        table.add_row(*row)
-    console.print(table)
+    for head, rows in ((HEAD, table_rows(result)), (task_head(result), task_rows(result))):
+        if not rows:
+            continue
+        table = Table(box=None, header_style="bold")
+        for number, title in enumerate(head):
+            table.add_column(title, justify="right" if number else "left")
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
     console.print(f"run {result['url']}", soft_wrap=True)
     return "\n".join(line.rstrip() for line in console.file.getvalue().split("\n")).strip("\n")

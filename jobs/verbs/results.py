@@ -122,7 +122,11 @@ def export(
 )
 @click.option("--pattern", metavar="2:4", help="wanda, magnitude: two of four neighbours stay.")
 @click.option(
-    "--recover-steps", type=int, default=0, show_default=True, help="structured: train so many steps afterwards."
+    "--recover-steps",
+    type=int,
+    default=0,
+    show_default=True,
+    help="structured: train so many steps afterwards; quantizing: before it, on rounded weights.",
 )
 @click.option("--step", type=click.IntRange(min=1), help="A committed step; default: the latest.")
 @click.option("--name", help="Name of the new run; default: RUN and what was done.")
