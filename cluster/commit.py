@@ -23,6 +23,8 @@ from configs.errors import StorageError
 
 STEP = re.compile(r"step-(\d{8,12})")
 FORMAT_VERSION = 1
+# Larger ones are nothing that Telar wrote, and are not read into memory. A manifest takes some 200 bytes per rank.
+MOST_COMMIT_BYTES, MOST_MANIFEST_BYTES = 4096, 64 * 2**20
 
 
 class CheckpointError(StorageError):
@@ -126,10 +128,10 @@ def read_commit(checkpoints: Storage, step: int) -> Committed:
     """The committed state of a step; raises CheckpointError when it is not committed or does not match its digest."""
     name = f"{step_folder(step)}/COMMIT"
     try:
-        marker = json.loads(checkpoints.read_bytes(name))
+        marker = json.loads(_read(checkpoints, name, MOST_COMMIT_BYTES))
         attempt, digest = int(marker["attempt"]), str(marker["digest"])
         folder = attempt_folder(step, attempt)
-        text = checkpoints.read_bytes(f"{folder}/MANIFEST.json")
+        text = _read(checkpoints, f"{folder}/MANIFEST.json", MOST_MANIFEST_BYTES)
     except FileNotFoundError as error:
         raise CheckpointError(f"{checkpoints.url}/{step_folder(step)}: not committed ({error})") from error
     except (ValueError, KeyError, TypeError) as error:
@@ -150,6 +152,14 @@ def read_commit(checkpoints: Storage, step: int) -> Committed:
             f"{FORMAT_VERSION}"
         )
     return Committed(step, attempt, folder, manifest, digest)
+
+
+def _read(checkpoints: Storage, path: str, most_bytes: int) -> bytes:
+    """Content of an object of a plausible size: not of one that fills the memory, nor of a pipe that never ends."""
+    size = checkpoints.size(path)
+    if not 0 < size <= most_bytes:
+        raise CheckpointError(f"{checkpoints.url}/{path}: {size} bytes; it has 1 to {most_bytes}, so it is damaged")
+    return checkpoints.read_bytes(path)
 
 
 def _check_files(entries: object) -> None:

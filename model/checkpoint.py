@@ -240,6 +240,13 @@ class CheckpointReader:
         path = f"{self.committed.folder}/{record.path}"
         local, digest, size = checkpoints.local_path(path), xxhash.xxh3_128(), 0
         try:
+            # Before a byte is read: another file may be huge, or a pipe that never ends (of size 0).
+            present = checkpoints.size(path)
+            if present != record.bytes or not present:
+                raise DamagedCheckpoint(
+                    f"{checkpoints.url}/{path}: {present} bytes, its manifest says {record.bytes}; the file is "
+                    "damaged, use another checkpoint"
+                )
             with (
                 _copy_target(self._copy_path(record) if local is None else None) as copy,
                 checkpoints.open(path) as file,

@@ -1,6 +1,7 @@
 """Flipped bits, cut files and hostile content in a checkpoint: found, named, harmless; an intact one serves instead."""
 
 import json
+import os
 import resource
 import shutil
 
@@ -152,6 +153,27 @@ def test_a_manifest_names_no_files_but_those_of_ranks(tmp_path, files):
     with pytest.raises(CheckpointError, match=r"MANIFEST.json: is no manifest \("):
         commit.read_commit(checkpoints, NEW)
     assert commit.latest(checkpoints)[0] is None
+
+
+def test_files_of_absurd_sizes_and_pipes_are_not_read(tmp_path):
+    checkpoints = write_hostile(tmp_path / "hostile")
+    committed = commit.read_commit(checkpoints, NEW)
+    step = tmp_path / "hostile" / commit.step_folder(NEW)
+    for name, reads in (
+        ("attempt-001/rank-00000.safetensors", False),
+        ("attempt-001/MANIFEST.json", True),
+        ("COMMIT", True),
+    ):
+        path, before = step / name, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        content = path.read_bytes()
+        for spoil in (lambda path: os.truncate(path, 2**40), lambda path: (path.unlink(), os.mkfifo(path))):
+            spoil(path)
+            with pytest.raises(CheckpointError, match=name):
+                commit.read_commit(checkpoints, NEW) if reads else loaded(checkpoints, committed)
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 * 2**10, "more than 100 MiB were taken"
+        path.unlink()
+        path.write_bytes(content)
+    commit.read_commit(checkpoints, NEW)
 
 
 def safetensors(header, data=b""):
