@@ -24,6 +24,7 @@ from cluster.storage import Storage
 from configs.errors import RunStopped, StorageError, TelarError
 from configs.load import parse_config
 from configs.schema import RunConfig
+from jobs.in_order import InOrder
 from jobs.ledger import STOP_REQUEST, Ledger
 from jobs.stages import Stages
 from jobs.status_server import serve
@@ -42,6 +43,7 @@ class Controller:
         self._storage, self._run = Storage(storage_url), run
         self._ledger: Ledger | None = None
         self._gauges: RunGauges | None = None
+        self._steps: InOrder[dict[str, Any]] = InOrder()
         self._stages: Stages | None = None
         self._stop_reason: str | None = None
         self._claim = threading.Lock()
@@ -97,6 +99,8 @@ class Controller:
                 message = traceback.format_exc(limit=20)
             over.set()
             heartbeat.join()
+            for record in self._steps.rest():
+                ledger.record_step(record)
             if message:
                 ledger.say(f"{state}: {message}")
             ledger.event(f"run_{state}", detail=message)
@@ -147,14 +151,16 @@ class Controller:
         """Lines said after the first `after` ones."""
         return self._ledger.lines(after) if self._ledger is not None else []
 
-    # One thread, so that the steps of metrics.jsonl stay in order.
+    # One thread, but Ray may hand over the calls of an actor with several in another order than they were made in.
     @ray.method(concurrency_group="steps")
-    def record_step(self, record: dict[str, Any]) -> None:
-        """A step of rank 0."""
-        if self._ledger is not None:
-            self._ledger.record_step(record)
-        if self._gauges is not None and self._ledger is not None:
-            self._gauges.publish(record | self._ledger.last_commit())
+    def record_step(self, record: dict[str, Any], number: int) -> None:
+        """A step of rank 0; `number` counts its messages in an attempt."""
+        if self._ledger is None:
+            return
+        for each in self._steps.put(record["attempt"], number, record):
+            self._ledger.record_step(each)
+            if self._gauges is not None:
+                self._gauges.publish(each | self._ledger.last_commit())
 
     def record_rank_file(self, step: int, attempt: int, file: commit.RankFile, world_size: int, extra: dict) -> None:
         """A rank's part of a checkpoint lies in storage."""

@@ -77,7 +77,8 @@ class EvaluatorActor:
 class RayRunner:
     """`workers` actors of one CPU each, every one given the next slice when it has finished one.
 
-    A slice whose actor died or raised is tried again, at most three times in all, and an actor that died is replaced.
+    A slice whose actor died or raised is tried again, at most three times in all. An actor that died is replaced,
+    unless one that is done can take its slice: with a lost node there may be no CPU for another one.
     """
 
     def __init__(
@@ -92,6 +93,7 @@ class RayRunner:
         pending, tries, given_up = deque(slices), Counter(), {}
         actors: list[Any] = []
         busy: dict[ray.ObjectRef, tuple[Any, Slice | None]] = {}
+        idle: list[Any] = []
         deaths_at_start = 0
         last_event = time.monotonic()
 
@@ -130,13 +132,13 @@ class RayRunner:
                         pending.append(piece)
                     else:
                         given_up[piece.key] = f"given up after {MOST_TRIES} tries: {problem}"
-                if not pending:
-                    continue
-                if not alive:
-                    spawn()
-                else:
-                    piece = pending.popleft()
+                if alive:
+                    idle.append(actor)
+                while pending and idle:
+                    actor, piece = idle.pop(), pending.popleft()
                     busy[actor.work.remote(piece)] = (actor, piece)
+                if pending and not alive:
+                    spawn()
             return given_up
         finally:
             for actor in actors:

@@ -29,7 +29,8 @@ from jobs.vault import Snapshot, Vaults
 from model.operators import prepare_operators
 
 POLL_SECONDS = 0.2
-ANSWER_SECONDS = 10.0
+# Opening the store at which ranks meet; a machine with more work than cores has taken longer than for an answer.
+STORE_SECONDS = 60.0
 SURVEY_SECONDS = 1.0
 # What the survey counted as free is reserved at once, unless someone else was faster.
 RESERVE_SECONDS = 10.0
@@ -270,7 +271,7 @@ class TrainStage:
         if self._config.elastic.snapshot_every:
             self._vaults.begin(number, self._crew.nodes, f"{self._run}/attempt-{number}")
         first = processes[0]
-        master = (first.place.address, ray.get(first.actor.open_store.remote(), timeout=ANSWER_SECONDS))
+        master = (first.place.address, ray.get(first.actor.open_store.remote(), timeout=STORE_SECONDS))
         seen: Counter[str] = Counter()
         calls = []
         for rank, process in enumerate(processes):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import itertools
 import os
 import tempfile
 import threading
@@ -28,10 +29,11 @@ class ControllerMessages(Messages):
 
     def __init__(self, controller: Any, vault: Any) -> None:
         self._controller, self._vault = controller, vault
+        self._steps = itertools.count()
 
     def step(self, record: dict[str, Any]) -> None:
         """Send a finished step."""
-        self._controller.record_step.remote(record)
+        self._controller.record_step.remote(record, next(self._steps))
 
     def rank_file(self, step: int, attempt: int, file: commit.RankFile, world_size: int, extra: dict) -> None:
         """Wait until the controller has it: the last rank's message is what commits the step."""

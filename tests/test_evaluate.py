@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import tempfile
+import time
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -423,6 +424,18 @@ class Deadly(Evaluator):
         super().work(piece)
 
 
+class DiesLast(Deadly):
+    """Its fatal slice outlasts all others."""
+
+    def work(self, piece):
+        if piece.examples[0].record.index == 0 and not self.storage.names("marks"):
+            others = [read_rows(self.storage, each) is None for each in pieces()[1:]]
+            while any(others):
+                time.sleep(0.05)
+                others = [read_rows(self.storage, each) is None for each in pieces()[1:]]
+        super().work(piece)
+
+
 def cannot_load():
     raise TelarError("the checkpoint is damaged")
 
@@ -437,6 +450,11 @@ def test_an_evaluator_that_dies_is_replaced_and_its_slice_done_again(ray_cluster
         assert len(done) == 3 - given_up
         rows = [read_rows(Storage(url), piece) for piece in work]
         assert [found is None for found in rows] == [bool(given_up), False, False]
+    # Who has nothing left to do takes over: with a lost node there may be no CPU for another evaluator.
+    url = str(tmp_path / "last")
+    runner, done = RayRunner(partial(DiesLast, url, 1), 2, "last", 60), []
+    assert runner.run(pieces(), done.append, lambda: False) == {} and len(done) == 3
+    assert Storage(url).names("marks") and runner._spawned == 2
     with pytest.raises(TelarError, match="the checkpoint is damaged"):
         RayRunner(cannot_load, 2, "damaged", 60).run(pieces(), print, lambda: False)
     with pytest.raises(RunStopped):
