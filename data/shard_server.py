@@ -411,7 +411,9 @@ def start_servers(
         ray.remote(Coordinator)
         .options(
             name=coordinator_name(label),
-            # With this process, whose end is the attempt's: no other machine's loss takes the coordinator along.
+            # With this process, whose end is the attempt's: no other machine's loss takes the coordinator along. It
+            # takes a byte, since Ray puts actors that take nothing on any node, whatever a soft strategy says.
+            memory=1,
             scheduling_strategy=NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True),
             **common,
         )

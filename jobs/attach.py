@@ -36,6 +36,8 @@ def create_or_attach(
                 get_if_exists=True,
                 max_restarts=-1,
                 num_cpus=0,
+                # One byte: Ray puts actors that take nothing on any node, whatever a soft strategy says.
+                memory=1,
                 max_concurrency=16,
                 # With the job's entrypoint, which Ray starts on the head: no worker node's loss takes it along.
                 scheduling_strategy=NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True),

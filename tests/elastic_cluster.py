@@ -156,11 +156,12 @@ class Run:
             return False
         return True
 
-    def controller_pid(self):
-        """The process of the controller."""
+    def controller_place(self):
+        """Process and node of the controller."""
         import ray._private.state
 
-        return ray._private.state.actors(actor_id=self.controller._actor_id.hex())["Pid"]
+        found = ray._private.state.actors(actor_id=self.controller._actor_id.hex())
+        return found["Pid"], found["Address"]["NodeID"]
 
     def wait_for_step(self, step, attempt=1):
         """Until this attempt has done the step."""
