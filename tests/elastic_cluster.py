@@ -43,6 +43,13 @@ def write_run(storage, code, name, replicas, sections):
     write_references(storage.child(name), manifest, None)
 
 
+def kill_all(processes):
+    """SIGKILL; some may end by themselves because others do."""
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+
+
 class ElasticCluster:
     """A head that holds no rank, and nodes with room for one replica each; this process is connected to it."""
 
@@ -107,9 +114,7 @@ class ElasticCluster:
         try:
             yield time.time()
         finally:
-            for process in family:
-                with suppress(psutil.NoSuchProcess):
-                    process.kill()
+            kill_all(family)
             self.kill_node(node_id)
             psutil.wait_procs(family, timeout=10)
 
@@ -119,13 +124,11 @@ class ElasticCluster:
         return Run(self, name)
 
 
-class Run:
-    """A run whose train stage goes on in its controller."""
+class Books:
+    """What a run has written down."""
 
-    def __init__(self, cluster, name):
-        self.ray, self.folder = cluster.ray, cluster.storage.child(name)
-        self.controller = create_or_attach(cluster.storage.url, name, ["train"], "test", None)
-        self._outcome = self.controller.outcome.remote()
+    def __init__(self, folder):
+        self.folder = folder
 
     def lines(self, name):
         """The records of metrics.jsonl or events.jsonl so far."""
@@ -136,6 +139,35 @@ class Run:
     def events(self, kind):
         """Events of one kind."""
         return [event for event in self.lines("events.jsonl") if event["event"] == kind]
+
+    def losses(self):
+        """Loss of every step as the run goes on from it, and of every redone one beside it: step -> list."""
+        found = {}
+        for record in self.lines("metrics.jsonl"):
+            found.setdefault(record["step"], []).append(record["loss"])
+        return found
+
+    def samples(self, steps, batch):
+        """Digests of the samples of each step as the attempt saw it whose result the run went on from."""
+        last = {record["step"]: record["attempt"] for record in self.lines("metrics.jsonl")}
+        found = {step: [] for step in range(1, steps + 1)}
+        for name in self.folder.names("samples"):
+            for line in self.folder.read_text(f"samples/{name}").splitlines(keepends=True):
+                entry = json.loads(line) if line.endswith("\n") else None
+                if entry and last.get(entry["step"]) == entry["attempt"]:
+                    found[entry["step"]] += entry["samples"]
+        assert all(len(digests) == batch for digests in found.values()), {s: len(d) for s, d in found.items()}
+        return found
+
+
+class Run(Books):
+    """A run whose train stage goes on in its controller."""
+
+    def __init__(self, cluster, name):
+        super().__init__(cluster.storage.child(name))
+        self.ray = cluster.ray
+        self.controller = create_or_attach(cluster.storage.url, name, ["train"], "test", None)
+        self._outcome = self.controller.outcome.remote()
 
     def wait_for(self, condition, what, seconds=120):
         """Poll until the condition holds; the run must not have ended before."""
@@ -192,22 +224,3 @@ class Run:
         state = self.ray.get(self._outcome)
         self.ray.kill(self.controller)
         return state
-
-    def losses(self):
-        """Loss of every step as the run goes on from it, and of every redone one beside it: step -> list."""
-        found = {}
-        for record in self.lines("metrics.jsonl"):
-            found.setdefault(record["step"], []).append(record["loss"])
-        return found
-
-    def samples(self, steps, batch):
-        """Digests of the samples of each step as the attempt saw it whose result the run went on from."""
-        last = {record["step"]: record["attempt"] for record in self.lines("metrics.jsonl")}
-        found = {step: [] for step in range(1, steps + 1)}
-        for name in self.folder.names("samples"):
-            for line in self.folder.read_text(f"samples/{name}").splitlines(keepends=True):
-                entry = json.loads(line) if line.endswith("\n") else None
-                if entry and last.get(entry["step"]) == entry["attempt"]:
-                    found[entry["step"]] += entry["samples"]
-        assert all(len(digests) == batch for digests in found.values()), {s: len(d) for s, d in found.items()}
-        return found
