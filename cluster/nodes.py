@@ -1,4 +1,4 @@
-"""Which nodes of the cluster live right now, and how many replicas fit into what is free on them."""
+"""Which nodes of the cluster live, which of them will leave, and how many replicas fit into what is free on them."""
 
 from __future__ import annotations
 
@@ -21,6 +21,11 @@ def living_nodes() -> set[str]:
     refuses connections to it at once. For a machine that is gone, and a raylet that hangs, Ray's list decides.
     """
     return {node["NodeID"] for node in ray.nodes() if node["Alive"] and not _refuses(node)}
+
+
+def draining_nodes() -> set[str]:
+    """Ids of the nodes that Ray was told to drain: they live, will be gone soon and take nothing new."""
+    return set(ray._private.state.state.get_draining_nodes())
 
 
 def _refuses(node: Mapping[str, object]) -> bool:

@@ -47,9 +47,10 @@ def rank_resources(config: RunConfig, totals: dict[str, float]) -> RankResources
                 "nodes that have them"
             )
         if ranks * each > have:
+            size = "parallelism.data" if config.elastic.min_replicas is None else "elastic.min_replicas"
             raise CapacityError(
-                f"parallelism.data: {ranks} ranks x {each} {name} (cluster.{field}) need {ranks * each} {name}s, the "
-                f"cluster has {have}; set parallelism.data to {max(1, have // (each * each_replica))} or add nodes"
+                f"{size}: {ranks} ranks x {each} {name} (cluster.{field}) need {ranks * each} {name}s, the "
+                f"cluster has {have}; set {size} to {max(1, have // (each * each_replica))} or add nodes"
                 + ("; on the embedded cluster raise cluster.local_cpus" if name == "CPU" else "")
             )
     return wanted
@@ -69,7 +70,7 @@ def reserve(
         raise CapacityError(
             f"only {ready} of {replicas} replicas found {wanted} within {timeout_seconds:.0f} s; "
             f"available now: {_short(ray.available_resources())}; stop other work on the cluster or lower "
-            "parallelism.data"
+            "parallelism.data or elastic.min_replicas"
         )
     return groups
 
@@ -78,6 +79,13 @@ def nodes_of(group: PlacementGroup, parallelism: ParallelismSection) -> list[str
     """The node of each rank of a group that is reserved: of each stage's bundle, for each tensor rank in it."""
     by_bundle = ray.util.placement_group_table(group)["bundles_to_node_id"]
     return [by_bundle[bundle] for bundle in sorted(by_bundle) for _ in range(parallelism.tensor)]
+
+
+def release_left(prefix: str) -> None:
+    """Give back the groups whose names begin so: those of a process that is gone stay reserved if Ray restarts it."""
+    for entry in ray.util.placement_group_table().values():
+        if entry["name"].startswith(prefix) and entry["state"] != "REMOVED":
+            remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(entry["placement_group_id"]))))
 
 
 def release(groups: list[PlacementGroup]) -> None:

@@ -257,19 +257,20 @@ class SpooledText:
         elif storage.exists(path):
             self._parts.append(storage.read_text(path))
 
-    def append(self, line: str) -> None:
-        """Add one line; a newline is added when it lacks one."""
+    def append(self, line: str) -> bool:
+        """Add one line, with a newline when it lacks one; whether storage has it, and all before it, already."""
         text = line if line.endswith("\n") else line + "\n"
         with self._lock:
             if self._local is not None:
                 self._local.write(text)
                 self._local.flush()
-                return
+                return True
             self._parts.append(text)
             self._dirty = True
             due = time.monotonic() - self._flushed_at >= self._flush_seconds
         if due:
             self.flush()
+        return due
 
     def flush(self) -> None:
         """Bring the object in storage up to date now."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -382,11 +382,13 @@ def start_servers(
     label: str,
     folder_of: Callable[[str], str] | None = None,
     quarantined: Sequence[str] = (),
+    leaving: Collection[str] = (),
 ) -> Servers:
-    """Start the coordinator `LABEL/shards` and one server `LABEL/shards-N` on each node that is alive.
+    """Start the coordinator `LABEL/shards` and one server `LABEL/shards-N` on each node that is alive and stays.
 
     `folder_of` gives a cache folder per node id, for nodes that share a machine; `quarantined` are paths from the
-    run's state. Raises DataError when a server cannot read the manifest.
+    run's state; `leaving` are nodes that start no processes any more. Raises DataError when a server cannot read the
+    manifest.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -404,12 +406,14 @@ def start_servers(
     restored = [_slim(shard) for shard in shards_named(manifest, quarantined)]
     settings.quarantine().restore(restored)
     common: dict[str, Any] = {"namespace": NAMESPACE, "num_cpus": 0, "max_restarts": -1}
-    nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
+    nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"] and node["NodeID"] not in leaving]
     coordinator = (
         ray.remote(Coordinator)
         .options(
             name=coordinator_name(label),
-            # With this process, whose end is the attempt's: no other machine's loss takes the coordinator along.
+            # With this process, whose end is the attempt's: no other machine's loss takes the coordinator along. It
+            # takes a byte, since Ray puts actors that take nothing on any node, whatever a soft strategy says.
+            memory=1,
             scheduling_strategy=NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True),
             **common,
         )

@@ -10,7 +10,7 @@ import ray
 
 from cluster import commit
 from cluster.nodes import living_nodes
-from configs.errors import TelarError
+from configs.errors import StorageError, TelarError
 from configs.schema import RunConfig
 from jobs.crew import Process
 from jobs.loop import LoopEnd
@@ -178,7 +178,7 @@ class Attempt:
             cause = getattr(error, "cause", None)
             if isinstance(cause, commit.DamagedCheckpoint):
                 return Failed(at, self.serial, str(cause), "damaged")
-            if isinstance(cause, TelarError):
+            if isinstance(cause, TelarError) and not isinstance(cause, StorageError):
                 self.fatal = cause
                 return Failed(at, self.serial, f"rank {rank}: {cause}", "fatal")
         if lost:
@@ -189,8 +189,10 @@ class Attempt:
         dead = [rank for rank, error in self._errors.items() if is_death(error)]
         if dead:
             return Failed(at, self.serial, f"lost {self._named(dead)}")
-        rank, error = next(iter(self._errors.items()))
-        cause = getattr(error, "cause", None)
+        # What storage refused one rank, the others only notice as the loss of that rank.
+        refused = [rank for rank, error in self._errors.items() if _is_refusal(error)]
+        rank = refused[0] if refused else next(iter(self._errors))
+        error, cause = self._errors[rank], getattr(self._errors[rank], "cause", None)
         # Ray's error holds the rank's traceback, which leads; what Telar raises says enough by itself.
         said = f"{type(cause).__name__}: {cause}" if isinstance(cause, TelarError) else str(error)
         return Failed(at, self.serial, f"rank {rank} failed first: {said}")
@@ -210,6 +212,10 @@ class Attempt:
 def ranks_text(ranks: Sequence[int]) -> str:
     """`rank 2` or `ranks 2, 3`."""
     return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
+
+
+def _is_refusal(error: ray.exceptions.RayError) -> bool:
+    return isinstance(getattr(error, "cause", None), StorageError | OSError)
 
 
 def is_death(error: ray.exceptions.RayError) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cluster import commit
@@ -38,6 +39,10 @@ class Ledger:
         self._told: set[str] = set()
         self._lines: list[str] = []
         self._attempt = 0
+        # Step of the last line of metrics.jsonl, None before it was looked up; of the attempt: the last that came, and
+        # that lies in storage.
+        self._last: int | None = None
+        self._known = self._written = 0
         self._trackers: list[Feed] | None = None
         self.status: dict[str, Any] = {
             "run": run,
@@ -91,32 +96,59 @@ class Ledger:
             self.status["updated_unix"] = time.time()
             self.folder.write_text("status.json", redacted(json.dumps(self.status, indent=1)))
 
+    def next_attempt(self) -> int:
+        """The attempt number after all that were taken."""
+        taken = [int(name.split("-")[1].split(".")[0]) for name in self.folder.names("attempts")]
+        return max(taken, default=0) + 1
+
     def begin_attempt(self) -> int:
         """Take the next attempt number of this run; no two controllers ever get the same one."""
-        taken = [int(name.split("-")[1].split(".")[0]) for name in self.folder.names("attempts")]
-        number = max(taken, default=0) + 1
+        number = self.next_attempt()
         if self._trackers is None:
             self._trackers = open_trackers(self._config, self.folder, self.status["run"], self._tell_problem)
         while not self.folder.create(f"attempts/attempt-{number:03d}.json", json.dumps({"at": time.time()}).encode()):
             number += 1
         with self._lock:
-            self._attempt = number
+            self._attempt, self._known, self._written = number, 0, 0
             self._reported.clear()
         return number
 
-    def record_step(self, record: dict[str, Any]) -> None:
-        """One step of rank 0; steps of an attempt that is over are ignored."""
+    def record_step(self, record: Mapping[str, Any]) -> bool:
+        """One step of rank 0; whether it is news. Steps of an attempt that is over, and older ones, are ignored."""
         with self._lock:
-            if record["attempt"] != self._attempt:
-                return
-            self._metrics.append(json.dumps(record))
-            for tracker in self._trackers or ():
-                tracker.record(record)
+            if record["attempt"] != self._attempt or record["step"] <= self._known:
+                return False
+            self._known = record["step"]
+            self._append(record)
             keep = ("step", "tokens", "loss", "tokens_per_second", "data_wait_seconds", "world_size", "attempt")
             self.status.update({name: record[name] for name in keep})
         every, step = self._config.tracking.log_every_steps, record["step"]
         if step % every == 0 or step == self._config.train.steps or step == 1:
             self.say(step_line(record, self._config.train.steps))
+        return True
+
+    def steps_known(self, attempt: int) -> tuple[int, int]:
+        """The last steps of the attempt that the books know, and that storage has; 0, 0 when it does not train."""
+        with self._lock:
+            return (self._known, self._written) if attempt == self._attempt else (0, 0)
+
+    def complete(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """Write down steps of an attempt that is over whose records were lost with a process: those after the last."""
+        with self._lock:
+            if self._last is None:
+                self._metrics.flush()
+                known = self.folder.exists("metrics.jsonl") and self.folder.read_text("metrics.jsonl").splitlines()
+                self._last = json.loads(known[-1])["step"] if known else 0
+            for record in records:
+                if record["step"] > self._last:
+                    self._append(record)
+
+    def _append(self, record: Mapping[str, Any]) -> None:
+        self._last = record["step"]
+        if self._metrics.append(json.dumps(record)):
+            self._written = self._last
+        for tracker in self._trackers or ():
+            tracker.record(record)
 
     def last_commit(self) -> dict[str, Any]:
         """Step and time of the newest commit of this controller, as they stand in status.json."""
@@ -140,6 +172,8 @@ class Ledger:
             del self._reported[(step, attempt)]
         self._tell_quarantined(extra)
         try:
+            # A run that goes on from this commit has the steps before it in its books.
+            self._metrics.flush()
             commit.commit(self.checkpoints, step, attempt, list(files.values()), world_size, extra)
         except (StorageError, OSError) as error:
             self.event("commit_failed", step=step, attempt=attempt, detail=str(error))

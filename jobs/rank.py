@@ -7,6 +7,7 @@ import resource
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import xxhash
@@ -60,6 +61,10 @@ class Messages:
     def step(self, record: dict[str, Any]) -> None:
         """A step of rank 0 is done."""
 
+    def unwritten(self) -> list[dict[str, Any]]:
+        """Steps that were sent and may not lie in storage yet."""
+        return []
+
     def rank_file(self, step: int, attempt: int, file: commit.RankFile, world_size: int, extra: dict) -> None:
         """This rank's part of a checkpoint lies in storage."""
 
@@ -98,7 +103,7 @@ class RankReporter:
         """Rank 0 speaks for all: loss, norm and tokens are global already."""
         every = self._task.config.elastic.snapshot_every
         if every and record.step % every == 0:
-            self._remember(record.step, record.tokens)
+            self._remember(record)
         self._progress.beat("data", record.step)
         if self._task.rank == 0:
             self._messages.step(record.as_dict())
@@ -112,12 +117,15 @@ class RankReporter:
         self._upload = Upload(step, lambda upload: self._write(upload, copies, tokens, data_state))
         self._progress.beat("data", step)
 
-    def _remember(self, step: int, tokens: int) -> None:
-        task, digest = self._task, xxhash.xxh3_128()
+    def _remember(self, record: StepRecord) -> None:
+        task, step, digest = self._task, record.step, xxhash.xxh3_128()
         content = b"".join(serialized(snapshot(self._engine), {"step": str(step)}))
         digest.update(content)
         file = commit.RankFile(task.rank, commit.rank_file_name(task.rank), len(content), digest.hexdigest())
-        extra = {"tokens": tokens, "data_state": self.data_state()}
+        extra: dict[str, Any] = {"tokens": record.tokens, "data_state": self.data_state()}
+        if task.rank == 0:
+            # What a commit of the step would say, and what the books may lack if the controller dies now.
+            extra = {**self._extra(step, **extra), "records": [*self._messages.unwritten(), record.as_dict()]}
         self._messages.snapshot(step, task.attempt, file, task.world_size, extra, content)
 
     def close(self) -> None:
@@ -146,23 +154,35 @@ class RankReporter:
             if not upload.given_up:
                 self._messages.problem(f"rank {task.rank} could not write its part of step {step}: {error}")
             return
-        extra = {
-            "run": task.run,
+        extra = self._extra(step, tokens, data_state)
+        self._messages.rank_file(step, task.attempt, file, task.world_size, extra)
+
+    def _extra(self, step: int, tokens: int, data_state: dict[str, Any]) -> dict[str, Any]:
+        """What the manifest of a commit says beside the files."""
+        return {
             "tokens": tokens,
-            "samples": step * task.config.train.global_batch_sequences,
-            "data_digest": self._manifest.digest,
+            "samples": step * self._task.config.train.global_batch_sequences,
             "data_state": data_state,
+            **self._origin,
+        }
+
+    @cached_property
+    def _origin(self) -> dict[str, Any]:
+        """Where the state comes from: the same at all steps."""
+        config = self._task.config
+        return {
+            "run": self._task.run,
+            "data_digest": self._manifest.digest,
             "tokenizer_digest": self._manifest.tokenizer_digest,
             "vocabulary_size": self._manifest.vocabulary_size,
-            "config_digest": config_digest(task.config),
-            "model": task.config.model.model_dump(mode="json"),
-            "seed": task.config.run.seed,
-            "parallelism": task.config.parallelism.model_dump(mode="json"),
+            "config_digest": config_digest(config),
+            "model": config.model.model_dump(mode="json"),
+            "seed": config.run.seed,
+            "parallelism": config.parallelism.model_dump(mode="json"),
             "parameters": self._engine.parameter_count,
             "versions": versions(),
             "hardware": hardware(),
         }
-        self._messages.rank_file(step, task.attempt, file, task.world_size, extra)
 
 
 def run_rank(

@@ -33,12 +33,16 @@ class Rules:
 
 @dataclass(frozen=True)
 class Survey:
-    """What the cluster has room for (the live attempt's replicas counted), and the newest recoverable steps."""
+    """What the cluster has room for (the live attempt's replicas counted), and the newest recoverable steps.
+
+    `leaving` names nodes of the live attempt that are being drained; there is no room on such nodes.
+    """
 
     at: float
     replicas: int
     committed: int = 0
     memory: int = 0
+    leaving: str = ""
 
 
 @dataclass(frozen=True)
@@ -149,6 +153,14 @@ class Discard:
 
 
 @dataclass(frozen=True)
+class Preserve:
+    """Commit the state of `step`, which lies in memory alone; the next survey says whether that worked."""
+
+    step: int
+    reason: str
+
+
+@dataclass(frozen=True)
 class Finish:
     """The last step is committed."""
 
@@ -171,7 +183,7 @@ class Fail:
     cause: Literal["room", "restarts", "fatal", "uncommitted"]
 
 
-Decision = Start | Commit | Clear | Discard | Finish | Stop | Fail
+Decision = Start | Commit | Clear | Discard | Preserve | Finish | Stop | Fail
 
 
 @dataclass(frozen=True)
@@ -199,6 +211,11 @@ class RunState:
     ended_step: int | None = None
     # Age of the oldest state that was found damaged since the last progress; see `_age`.
     damaged: int | None = None
+    # The step in memory that was to be committed between attempts, and how often that was tried.
+    preserved: int = 0
+    preserves: int = 0
+    # Whether the stop was asked for when no attempt could have committed any more.
+    stopped_at_rest: bool = False
     why: str = "the run begins"
 
     @property
@@ -232,7 +249,8 @@ def decide(rules: Rules, state: RunState, event: Event) -> Outcome:
         return state, []
     if isinstance(event, Launched):
         # Only from now on the ranks are waited for; what came before was preparation of processes.
-        return (replace(state, since=event.at) if state.phase in ("starting", "stopping") else state), []
+        waits = state.phase in ("starting", "stopping", "resizing")
+        return (replace(state, since=event.at) if waits else state), []
     if isinstance(event, Cleared):
         if state.phase != "clearing":
             return state, []
@@ -262,8 +280,10 @@ def _on_stop(state: RunState, event: StopRequested) -> Outcome:
     asked = replace(state, stop_reason=event.reason)
     if state.phase in ("starting", "running"):
         return replace(asked, phase="stopping", since=event.at), [Commit(state.attempt, event.reason)]
-    # They were asked to commit and leave already.
-    return (replace(asked, phase="stopping") if state.phase == "resizing" else asked), []
+    if state.phase == "resizing":
+        # They were asked to commit and leave already.
+        return replace(asked, phase="stopping"), []
+    return replace(asked, stopped_at_rest=state.ended_step is None), []
 
 
 def _on_survey(rules: Rules, state: RunState, event: Survey) -> Outcome:
@@ -271,9 +291,12 @@ def _on_survey(rules: Rules, state: RunState, event: Survey) -> Outcome:
         return _next_attempt(rules, state, event)
     waited = event.at - state.since
     never_trained = state.idle_since is not None
-    if state.phase in ("starting", "stopping") and never_trained and waited > rules.wait_seconds:
+    if state.phase in ("starting", "stopping", "resizing") and never_trained and waited > rules.wait_seconds:
         reason = f"not all ranks started within {waited:.0f} s (elastic.start_timeout_seconds)"
         return decide(rules, state, Failed(event.at, state.attempt, reason))
+    if event.leaving and state.phase in ("starting", "running") and state.step < rules.last_step:
+        reason = f"{event.leaving} is being drained: commit, then go on without it"
+        return replace(state, phase="resizing", since=event.at, why=reason), [Commit(state.attempt, reason)]
     if state.phase != "running":
         return state, []
     wanted = min(event.replicas, rules.max_replicas)
@@ -310,31 +333,45 @@ def _next_attempt(rules: Rules, state: RunState, event: Survey) -> Outcome:
             return _over(state, "failed", Fail(_used_up(rules, state, failure.reason), "restarts"))
         # This survey may still count what is discarded: the next one decides.
         return replace(state, damaged=age, restarts=state.restarts + (not older)), [discard]
-    if state.stop_reason is not None and ended is None and event.committed >= max(state.step, recoverable, 1):
-        # What was lost after the commit is not missed any more.
-        return _over(state, "stopped", Stop(event.committed, state.stop_reason))
-    uncommitted = ended is not None and not progress and (event.committed < ended or ended <= state.from_step)
-    if uncommitted or (failure is not None and failure.kind != "room"):
+    lost = failure is not None and failure.kind != "room"
+    unfinished = ended is not None and event.committed < ended
+    used_up = (lost or unfinished) and state.restarts >= rules.max_restarts
+    short = event.replicas < rules.min_replicas or (failure is not None and failure.kind == "room")
+    if (state.stop_reason is not None or used_up or short) and event.memory > event.committed:
+        again = state.preserves if state.preserved == event.memory else 0
+        if again <= rules.max_restarts:
+            # The run will rest, and memory is lost with the next node: what lies there alone goes to storage first.
+            tried = replace(state, preserved=event.memory, preserves=again + 1, failure=failure, ended_step=ended)
+            reason = failure.reason if failure is not None else state.why
+            why = state.stop_reason or (reason if used_up else f"room for {event.replicas} replicas")
+            return tried, [Preserve(event.memory, f"{why}; step {event.memory} is in memory alone")]
+    if state.stop_reason is not None and ended is None and event.committed >= recoverable:
+        # What was lost after the commit is not missed any more; or nothing could have been committed that is newer.
+        known = event.committed >= max(state.step, 1) or 0 < event.committed == state.preserved
+        if known or state.stopped_at_rest:
+            return _over(state, "stopped", Stop(event.committed, state.stop_reason))
+    uncommitted = ended is not None and not progress and (unfinished or ended <= state.from_step)
+    if uncommitted or lost:
         reason = failure.reason if failure is not None else _uncommitted(ended, event.committed)
         if state.stop_reason is not None:
             return _over(state, "failed", Fail(reason, "fatal" if failure is not None else "uncommitted"))
-        if state.restarts >= rules.max_restarts:
+        if used_up or state.restarts >= rules.max_restarts:
             return _over(state, "failed", Fail(_used_up(rules, state, reason), "restarts"))
         state = replace(state, restarts=state.restarts + 1, why=state.why if failure is not None else reason)
     if state.stop_reason is not None:
-        if ended is not None and event.committed < ended:
-            return _over(state, "failed", Fail(_uncommitted(ended, event.committed), "uncommitted"))
+        reached = max(recoverable, ended or 0)
+        if event.committed < reached:
+            return _over(state, "failed", Fail(_uncommitted(reached, event.committed), "uncommitted"))
         return _over(state, "stopped", Stop(event.committed, state.stop_reason))
     replicas = min(event.replicas, rules.max_replicas)
     if failure is not None and failure.kind == "room":
         # What was counted could not be reserved: with fewer the run goes on, and grows again later.
         replicas = min(replicas, max(rules.min_replicas, state.replicas - 1))
-    short = replicas < rules.min_replicas
     waited = event.at - (state.since if state.idle_since is None else state.idle_since)
-    if (short or (failure is not None and failure.kind == "room")) and waited > rules.wait_seconds:
+    if short and waited > rules.wait_seconds:
         text = f"room for {event.replicas} replicas, {rules.min_replicas} are needed, for {waited:.0f} s"
         return _over(state, "failed", Fail(text, "room"))
-    if short:
+    if replicas < rules.min_replicas:
         return state, []
     start = Start(
         state.attempt + 1, replicas, recoverable, source, _change(state, replicas), _why(rules, state, replicas)

@@ -20,7 +20,7 @@ from cluster.environment import DASHBOARD_VARIABLE, JOB_ID_VARIABLE, check_finge
 from cluster.storage import Storage
 from configs.errors import TelarError
 from configs.redaction import redacted
-from jobs.controller import create_or_attach
+from jobs.attach import answer, create_or_attach
 from jobs.stages import STAGES
 
 POLL_SECONDS = 0.5
@@ -40,39 +40,44 @@ def main() -> int:
     ray.init(namespace="telar", log_to_driver=False, logging_level="warning")
     # ray.init puts a handler of its own in place, which exits at once.
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
-    controller = create_or_attach(storage_url, run)
     job_id = os.environ.get(JOB_ID_VARIABLE, ray.get_runtime_context().get_job_id())
     stages = [arguments.stage] if arguments.stage else list(STAGES)
-    outcome = controller.execute.remote(stages, job_id, os.environ.get(DASHBOARD_VARIABLE))
-    try:
-        state = follow(controller, outcome, stop)
-    except ray.exceptions.RayActorError:
-        # Another client of the same run saw the end first and removed the controller; or it died.
+    controller = create_or_attach(storage_url, run, stages, job_id, os.environ.get(DASHBOARD_VARIABLE))
+    state = None
+    while state is None and answer(controller, "has_ended") is not None:
+        # Once more for each time that Ray had to start the controller's process anew.
+        state = follow(controller, stop)
+    if state is None:
+        # Another client of the same run saw the end first and removed the controller; or it died for good.
         state = recorded_state(Storage(storage_url), run)
     else:
         ray.kill(controller)
     return EXIT_CODES[state]
 
 
-def follow(controller: ray.actor.ActorHandle, outcome: ray.ObjectRef, stop: threading.Event) -> str:
-    """Print the controller's lines until the outcome is there; pass a stop on once. Returns the terminal state."""
-    printed, told = 0, False
+def follow(controller: ray.actor.ActorHandle, stop: threading.Event) -> str | None:
+    """Print the controller's lines until the outcome is there; pass a stop on once.
+
+    Returns the terminal state, None when the controller's process died before it.
+    """
+    outcome, printed, told = controller.outcome.remote(), 0, False
     while True:
         done, _ = ray.wait([outcome], timeout=POLL_SECONDS)
-        if stop.is_set() and not told:
-            ray.get(controller.stop.remote("SIGTERM to the job's entrypoint"))
-            told = True
-        lines = ray.get(controller.lines.remote(printed))
-        printed += len(lines)
-        for line in lines:
-            print(line, flush=True)
-        if not done:
-            continue
         try:
-            return ray.get(outcome)
+            if stop.is_set() and not told:
+                ray.get(controller.stop.remote("SIGTERM to the job's entrypoint"))
+                told = True
+            lines = ray.get(controller.lines.remote(printed))
+            printed += len(lines)
+            for line in lines:
+                print(line, flush=True)
+            if done:
+                return ray.get(outcome)
         except ray.exceptions.RayTaskError as error:
             print(redacted(f"error: {error.cause if isinstance(error.cause, TelarError) else error}"), flush=True)
             return "failed"
+        except ray.exceptions.RayActorError:
+            return None
 
 
 def recorded_state(storage: Storage, run: str) -> str:

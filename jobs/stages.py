@@ -33,9 +33,11 @@ class Stages:
         ledger: Ledger,
         controller: Any,
         stop_requested: Callable[[], bool],
+        takes_over: bool = False,
     ) -> None:
+        """`takes_over`: a controller of the same job did not get to the end."""
         self._config, self._storage, self._run, self._ledger = config, storage, run, ledger
-        self._controller, self._stop_requested = controller, stop_requested
+        self._controller, self._stop_requested, self._takes_over = controller, stop_requested, takes_over
         self._manifest: Manifest | None = None
         self._encode_image: CodebookEncoder | None = None
         self._training: TrainStage | None = None
@@ -63,7 +65,7 @@ class Stages:
         for name in STAGES:
             if name not in wanted:
                 continue
-            if self._stop_requested():
+            if self._stop_requested() and not (self._takes_over and name == "train"):
                 raise RunStopped(f"stopped on request before the {name} stage")
             started = time.monotonic()
             self._ledger.event("stage_started", stage=name)
@@ -122,12 +124,17 @@ class Stages:
 
     def _train(self) -> bool:
         manifest = self._data()
-        self._training = TrainStage(self._config, self._storage, self._run, manifest, self._ledger, self._controller)
+        self._training = TrainStage(
+            self._config, self._storage, self._run, manifest, self._ledger, self._controller, self._takes_over
+        )
         if self._training.is_done():
             return True
         self._ledger.update(state="training")
         if self._stop_requested():
-            raise RunStopped("stopped on request before training")
+            if not self._takes_over:
+                raise RunStopped("stopped on request before training")
+            # What lies in memory alone has to be committed first.
+            self._training.stop()
         self._training.run()
         return False
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections import Counter, deque
@@ -12,8 +13,8 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster import commit
-from cluster.nodes import living_nodes
-from cluster.placement import rank_resources
+from cluster.nodes import draining_nodes, living_nodes
+from cluster.placement import RankResources, rank_resources, release_left
 from cluster.storage import Storage
 from configs.errors import CapacityError, RunStopped, StorageError, TelarError
 from configs.schema import RunConfig
@@ -25,7 +26,8 @@ from jobs.attempt import Attempt
 from jobs.crew import Crew, NotReady
 from jobs.ledger import Ledger
 from jobs.rank import RankTask
-from jobs.vault import Snapshot, Vaults
+from jobs.vault import Snapshot
+from jobs.vaults import Vaults, unwritten
 from model.operators import prepare_operators
 
 POLL_SECONDS = 0.2
@@ -46,10 +48,18 @@ class TrainStage:
     """Trains one run. `stop` may be called from another thread."""
 
     def __init__(
-        self, config: RunConfig, storage: Storage, run: str, manifest: Manifest, ledger: Ledger, controller: Any
+        self,
+        config: RunConfig,
+        storage: Storage,
+        run: str,
+        manifest: Manifest,
+        ledger: Ledger,
+        controller: Any,
+        takes_over: bool = False,
     ) -> None:
+        """`takes_over`: the controller's process died in this stage, and what it left in memory may be used."""
         self._config, self._storage, self._run, self._manifest = config, storage, run, manifest
-        self._ledger, self._controller = ledger, controller
+        self._ledger, self._controller, self._takes_over = ledger, controller, takes_over
         self._stopping = threading.Event()
         self._rules = recovery.Rules(
             last_step=config.train.steps,
@@ -62,9 +72,11 @@ class TrainStage:
         self._operators: dict[str, str] = {}
         self._servers: Servers | None = None
         self._attempt: Attempt | None = None
-        self._vaults = Vaults()
+        self._vaults = Vaults(run)
         self._memory: Snapshot | None = None
+        # Nodes that live, and those of them that are not being drained.
         self._living: set[str] = set()
+        self._staying: set[str] = set()
         self._surveyed_at = -SURVEY_SECONDS
         self._heard_step: tuple[int, int] = (0, 0)
         self._heard_at = self._training_since = 0.0
@@ -89,10 +101,16 @@ class TrainStage:
         Raises RunStopped after a requested stop, AttemptFailed when restarts are used up, CapacityError when there is
         no room, and what a rank raised that it would raise again.
         """
-        resources = rank_resources(self._config, ray.cluster_resources())
+        resources = self._resources()
         self._crew = Crew(self._config, resources, self._operator_mode)
         self._on_gpus = bool(resources.gpus)
         state = recovery.begin(time.monotonic(), self._committed())
+        # Ray ends the processes of a controller that died, but keeps what it had reserved for the one that follows.
+        release_left(f"{self._run}/attempt-")
+        if self._takes_over:
+            self._vaults.take_over(living_nodes(), self._ledger.next_attempt())
+        else:
+            self._vaults.remove_left()
         try:
             while not state.over:
                 events = deque(self._events(state))
@@ -105,16 +123,29 @@ class TrainStage:
             self._vaults.close()
             stop_servers(self._servers)
 
+    def _resources(self) -> RankResources:
+        """What a rank takes; raises CapacityError when the cluster has not enough of it for the fewest replicas.
+
+        After a loss of the controller nodes may be missing, too: the device stays what it was, and room is waited for.
+        """
+        config, totals = self._config, ray.cluster_resources()
+        if self._takes_over and (device := self._ledger.status.get("device")):
+            config = config.model_copy(update={"cluster": config.cluster.model_copy(update={"device": device})})
+            totals = dict.fromkeys(totals.keys() | {"CPU", "GPU"}, sys.maxsize)
+        resources = rank_resources(config, totals)
+        self._ledger.update(device="cuda" if resources.gpus else "cpu")
+        return resources
+
     def _events(self, state: recovery.RunState) -> list[recovery.Event]:
         at, found = time.monotonic(), []
         if self._stopping.is_set() and state.stop_reason is None:
             found.append(recovery.StopRequested(at, "stopped on request"))
         if self._attempt is None:
-            self._living = living_nodes()
+            self._look_around()
             self._memory = self._vaults.newest(self._living)
             remembered = self._memory.step if self._memory is not None else 0
-            self._crew.release_lost(self._living)
-            room = self._crew.room(self._living)
+            self._crew.release_lost(self._staying)
+            room = self._crew.room(self._staying)
             try:
                 found.append(recovery.Survey(at, room, self._committed(), remembered))
             except (StorageError, OSError) as error:
@@ -125,8 +156,11 @@ class TrainStage:
                 self._stopping.wait(SURVEY_SECONDS)
             return found
         if at - self._surveyed_at >= SURVEY_SECONDS:
-            self._surveyed_at, self._living = at, living_nodes()
-            found.append(recovery.Survey(at, self._crew.room(self._living)))
+            self._surveyed_at = at
+            self._look_around()
+            leaving = sorted((self._attempt.nodes & self._living) - self._staying)
+            named = ", ".join(f"node {node[:8]}" for node in leaving)
+            found.append(recovery.Survey(at, self._crew.room(self._staying), leaving=named))
             if self._training_since and at - self._training_since > STANDBY_AFTER_SECONDS:
                 self._crew.stand_by(f"{self._run}/attempt-{self._attempt.number}")
         found += self._attempt.poll(self._living, POLL_SECONDS)
@@ -136,6 +170,10 @@ class TrainStage:
             found.insert(0, recovery.Stepped(at, self._attempt.serial, heard[1]))
             self._on_step(heard)
         return found
+
+    def _look_around(self) -> None:
+        self._living = living_nodes()
+        self._staying = self._living - draining_nodes()
 
     def _on_step(self, heard: tuple[int, int]) -> None:
         at, (attempt, step) = time.monotonic(), heard
@@ -165,11 +203,31 @@ class TrainStage:
             return self._clear(decision, state.failure)
         elif isinstance(decision, recovery.Discard):
             self._discard(decision)
+        elif isinstance(decision, recovery.Preserve):
+            self._preserve(decision)
         elif isinstance(decision, recovery.Stop):
-            raise RunStopped(f"stopped on request after step {decision.step}; its state is committed")
+            committed = f"after step {decision.step}; its state is committed" if decision.step else "before training"
+            raise RunStopped(f"stopped on request {committed}")
         elif isinstance(decision, recovery.Fail):
             raise self._failure(decision)
         return []
+
+    def _preserve(self, decision: recovery.Preserve) -> None:
+        """Commit the newest snapshot as an attempt of its own; the next survey shows whether that worked."""
+        snapshot, ledger = self._memory, self._ledger
+        if snapshot is None or snapshot.step != decision.step:
+            return
+        ledger.say(decision.reason)
+        try:
+            number = ledger.begin_attempt()
+            self._vaults.write(snapshot, ledger.checkpoints.url, number)
+        except (StorageError, OSError) as error:
+            ledger.event("commit_failed", step=snapshot.step, detail=str(error))
+            ledger.say(f"the snapshot of step {snapshot.step} was not committed: {error}")
+            return
+        ledger.complete(unwritten(snapshot))
+        for part in snapshot.parts:
+            ledger.record_rank_file(snapshot.step, number, part.file, part.world_size, snapshot.extra())
 
     def _discard(self, decision: recovery.Discard) -> None:
         """Damage that shows only when the bytes are read: fall back to what is older."""
@@ -216,7 +274,7 @@ class TrainStage:
         """Build DeepSpeed's JIT operators once on each node, before any worker starts there."""
         environment = {} if self._on_gpus else {"DS_ACCELERATOR": "cpu"}
         build = ray.remote(num_cpus=0, max_retries=0, runtime_env={"env_vars": environment})(prepare_operators)
-        nodes = sorted(self._living - self._operators.keys())
+        nodes = sorted(self._staying - self._operators.keys())
         strategies = [NodeAffinitySchedulingStrategy(node, soft=False) for node in nodes]
         outcomes = ray.get([build.options(scheduling_strategy=strategy).remote() for strategy in strategies])
         for message in dict.fromkeys(outcome.message for outcome in outcomes):
@@ -225,7 +283,13 @@ class TrainStage:
 
     def _start(self, decision: recovery.Start) -> list[recovery.Event]:
         """Get the ranks of an attempt going; returns a failure if that does not work."""
-        number, config = self._ledger.begin_attempt(), self._config
+        config = self._config
+        try:
+            number = self._ledger.begin_attempt()
+            if decision.source == "memory":
+                self._ledger.complete(unwritten(self._memory))
+        except (StorageError, OSError) as error:
+            return [recovery.Failed(time.monotonic(), decision.attempt, str(error))]
         label, world_size = f"{self._run}/attempt-{number}", decision.replicas * config.parallelism.ranks_per_replica
         self._ledger.event(
             "attempt_started", attempt=number, world_size=world_size, from_step=decision.step, reason=decision.reason
@@ -244,7 +308,7 @@ class TrainStage:
             self._ledger.say(advice)
         try:
             self._build_operators()
-            self._crew.assemble(decision.replicas, self._living, label, RESERVE_SECONDS)
+            self._crew.assemble(decision.replicas, self._staying, label, RESERVE_SECONDS)
             self._serve_shards(label)
             self._crew.wait_until_ready(config.elastic.start_timeout_seconds)
             self._attempt = self._launch(decision, number, world_size)
@@ -264,12 +328,13 @@ class TrainStage:
                 return
             stop_servers(self._servers)
             self._servers = None
-        self._servers = start_servers(self._config, self._storage, self._manifest, label)
+        leaving = self._living - self._staying
+        self._servers = start_servers(self._config, self._storage, self._manifest, label, leaving=leaving)
 
     def _launch(self, decision: recovery.Start, number: int, world_size: int) -> Attempt:
         processes = self._crew.processes
         if self._config.elastic.snapshot_every:
-            self._vaults.begin(number, self._crew.nodes, f"{self._run}/attempt-{number}")
+            self._vaults.begin(number, self._crew.nodes)
         first = processes[0]
         master = (first.place.address, ray.get(first.actor.open_store.remote(), timeout=STORE_SECONDS))
         seen: Counter[str] = Counter()
@@ -303,7 +368,7 @@ class TrainStage:
         """Nothing of the attempt may train on; processes that left by themselves stay for the next one."""
         attempt, started = self._attempt, time.monotonic()
         self._attempt, self._training_since = None, 0.0
-        self._living = living_nodes()
+        self._look_around()
         if failure is not None:
             self._note(failure, attempt)
         if attempt is None:

@@ -4,18 +4,23 @@ A `Vault` is an actor of one node. A rank hands its part of a snapshot to its no
 its own and passes a copy on to another node's before it answers. So when a step is done anywhere, the snapshot of the
 step before lies twice; what a crash of all nodes, or of both that hold a part, takes away is in storage, as of the last
 commit. A snapshot counts when the parts of all ranks of one attempt are there; digests are checked by who restores it.
+
+Vaults are detached actors: when the controller's process dies, they keep what they hold for the one that Ray starts in
+its place. Where there is no controller any more, they leave by themselves.
 """
 
 from __future__ import annotations
 
+import os
 import threading
+import time
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+import xxhash
 
 from cluster.commit import Committed, RankFile, attempt_folder
 from cluster.storage import Storage
@@ -23,10 +28,8 @@ from cluster.storage import Storage
 # An attempt's ranks are at most one step apart, so that they have one of the last two in common.
 KEPT = 2
 COPY_SECONDS = 5.0
-START_SECONDS = 30.0
-CALLS_AT_ONCE = 16
-# Copies have threads of their own: those that wait for another node's vault may be all others, there as here.
-COPIES_AT_ONCE = 4
+# How often a vault looks whether there still is a controller.
+CONTROLLER_SECONDS = 15.0
 SLOWEST_BYTES_PER_SECOND = 20e6
 
 
@@ -108,17 +111,22 @@ class Snapshot:
         """Optimizer steps behind it."""
         return self.parts[0].step
 
+    def extra(self) -> dict[str, Any]:
+        """What the manifest of a commit of this step says beside the files."""
+        first = self.parts[0].extra
+        quarantined = sorted({path for part in self.parts for path in part.extra["data_state"]["quarantined"]})
+        told = {name: value for name, value in first.items() if name != "records"}
+        return {**told, "data_state": {**first["data_state"], "quarantined": quarantined}}
+
     def committed(self) -> Committed:
         """What `cluster.commit` would return, had the snapshot been committed in storage."""
         first = self.parts[0]
-        quarantined = sorted({path for part in self.parts for path in part.extra["data_state"]["quarantined"]})
-        extra = {**first.extra, "data_state": {**first.extra["data_state"], "quarantined": quarantined}}
         manifest = {
             "step": first.step,
             "attempt": first.attempt,
             "world_size": first.world_size,
             "files": [vars(part.file) for part in self.parts],
-            **extra,
+            **self.extra(),
         }
         return Committed(first.step, first.attempt, attempt_folder(first.step, first.attempt), manifest, "")
 
@@ -143,6 +151,22 @@ class Vault:
     def __init__(self) -> None:
         self._shelf, self._lock = Shelf(), threading.Lock()
         self._peer: Any = None
+
+    def serve(self, controller: str) -> None:
+        """End this process when there is no actor of that name any more: nobody else would remove it."""
+
+        def watch() -> None:
+            while True:
+                time.sleep(CONTROLLER_SECONDS)
+                try:
+                    ray.get_actor(controller, namespace="telar")
+                except ValueError:
+                    os._exit(0)
+                except ray.exceptions.RayError:
+                    # Ray's own server may be away for a while.
+                    continue
+
+        threading.Thread(target=watch, name="controller-watch", daemon=True).start()
 
     def begin(self, attempt: int, peer: Any) -> None:
         """A new attempt; `peer` is the vault of another node, or None where there is none."""
@@ -178,63 +202,23 @@ class Vault:
         with self._lock:
             return self._shelf.content(key)
 
+    def write(self, key: Key, checkpoints_url: str, folder: str) -> bool:
+        """Write a part below the checkpoints' folder as its rank would have; False without it, or if it is damaged.
+
+        Raises StorageError.
+        """
+        content = self.content(key)
+        with self._lock:
+            files = [part.file for part in self._shelf.parts() if part.key == key]
+        if content is None or not files or xxhash.xxh3_128_hexdigest(content) != files[0].digest:
+            return False
+        Storage(checkpoints_url).write_bytes(f"{folder}/{files[0].path}", content)
+        return True
+
     def forget(self, step: int) -> None:
         """Never offer this step again."""
         with self._lock:
             self._shelf.forget(step)
-
-
-class Vaults:
-    """The vaults of a run, one for each node that has held a rank."""
-
-    def __init__(self) -> None:
-        self.by_node: dict[str, Any] = {}
-
-    def begin(self, attempt: int, nodes: Collection[str], label: str) -> None:
-        """Have a vault on each of these nodes, each the peer of the one before, for a new attempt."""
-        for node in set(nodes) - self.by_node.keys():
-            self.by_node[node] = (
-                ray.remote(concurrency_groups={"copies": COPIES_AT_ONCE})(Vault)
-                .options(
-                    name=f"{label}/vault-{node[:8]}",
-                    namespace="telar",
-                    num_cpus=0,
-                    max_concurrency=CALLS_AT_ONCE,
-                    scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False),
-                )
-                .remote()
-            )
-        ring = [self.by_node[node] for node in sorted(nodes)]
-        peers = [*ring[1:], ring[0]] if len(ring) > 1 else [None]
-        ray.get(
-            [vault.begin.remote(attempt, peer) for vault, peer in zip(ring, peers, strict=True)], timeout=START_SECONDS
-        )
-
-    def newest(self, living: Collection[str]) -> Snapshot | None:
-        """The newest whole snapshot that is held on living nodes; vaults on others are given up."""
-        for node in self.by_node.keys() - set(living):
-            ray.kill(self.by_node.pop(node))
-        offers = []
-        for node, answer in [(node, vault.parts.remote()) for node, vault in self.by_node.items()]:
-            try:
-                offers.append((self.by_node[node], ray.get(answer, timeout=COPY_SECONDS)))
-            except ray.exceptions.GetTimeoutError:
-                continue
-            except ray.exceptions.RayActorError:
-                # Its process is gone, the node is not: the next attempt has a new one there.
-                ray.kill(self.by_node.pop(node))
-        return newest(offers)
-
-    def forget(self, step: int) -> None:
-        """Never start from this step's snapshots again."""
-        calls = [vault.forget.remote(step) for vault in self.by_node.values()]
-        ray.wait(calls, num_returns=len(calls), timeout=COPY_SECONDS)
-
-    def close(self) -> None:
-        """Let everything go."""
-        for vault in self.by_node.values():
-            ray.kill(vault)
-        self.by_node.clear()
 
 
 def transfer_seconds(part: Part) -> float:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import faulthandler
-import itertools
 import os
 import tempfile
 import threading
+from collections import deque
 from typing import Any, NamedTuple
 
 import psutil
@@ -23,17 +23,44 @@ from jobs.vault import Part, fetch
 from model.engine import preload
 from model.operators import operator_environment
 
+# Object stores are written every half minute, whatever a step takes; older records are not kept for ever.
+UNWRITTEN_STEPS = 4096
+
 
 class ControllerMessages(Messages):
     """Messages to the controller, sent without waiting for an answer so that a slow controller stalls no step."""
 
     def __init__(self, controller: Any, vault: Any) -> None:
         self._controller, self._vault = controller, vault
-        self._steps = itertools.count()
+        self._answers: list[ray.ObjectRef] = []
+        self._unwritten: deque[dict[str, Any]] = deque(maxlen=UNWRITTEN_STEPS)
+        self._taken = 0
 
     def step(self, record: dict[str, Any]) -> None:
-        """Send a finished step."""
-        self._controller.record_step.remote(record, next(self._steps))
+        """Send a finished step, and again those before it that may be under way: Ray may deliver calls out of order."""
+        self._settle()
+        self._unwritten.append(record)
+        sent = [known for known in self._unwritten if known["step"] > self._taken]
+        self._answers.append(self._controller.record_steps.remote(sent))
+
+    def unwritten(self) -> list[dict[str, Any]]:
+        """Steps that were sent and of which the controller has not said that they lie in storage."""
+        self._settle()
+        return list(self._unwritten)
+
+    def _settle(self) -> None:
+        if not self._answers:
+            return
+        answered, self._answers = ray.wait(self._answers, num_returns=len(self._answers), timeout=0)
+        for answer in answered:
+            try:
+                taken, written = ray.get(answer)
+            except ray.exceptions.RayError:
+                # Lost with the controller's process, or refused by storage.
+                continue
+            self._taken = max(self._taken, taken)
+            while self._unwritten and self._unwritten[0]["step"] <= written:
+                self._unwritten.popleft()
 
     def rank_file(self, step: int, attempt: int, file: commit.RankFile, world_size: int, extra: dict) -> None:
         """Wait until the controller has it: the last rank's message is what commits the step."""

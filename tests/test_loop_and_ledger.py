@@ -155,6 +155,21 @@ def test_attempt_numbers_go_on_after_a_restart_of_the_books(ledger, tmp_path):
     again.close()
 
 
+def test_records_that_were_lost_with_a_process_are_completed_once(ledger, tmp_path):
+    attempt = ledger.begin_attempt()
+    assert ledger.record_step(record(1, attempt)) and not ledger.record_step(record(2, attempt + 1))
+    assert not ledger.record_step(record(1, attempt)), "sent twice"
+    assert ledger.steps_known(attempt) == (1, 1) and ledger.steps_known(attempt + 1) == (0, 0)
+    again = Ledger(Storage(str(tmp_path)), "r", parse_config(tree(), "here"))
+    again.complete([record(step, attempt) for step in (1, 2, 3)])
+    number = again.begin_attempt()
+    again.record_step(record(4, number))
+    again.complete([record(4, number)])
+    again.close()
+    lines = [json.loads(line) for line in ledger.folder.read_text("metrics.jsonl").splitlines()]
+    assert [(line["step"], line["attempt"]) for line in lines] == [(1, 1), (2, 1), (3, 1), (4, 2)]
+
+
 def test_the_last_rank_commits_and_a_bad_file_does_not(ledger):
     attempt = ledger.begin_attempt()
     folder = commit.attempt_folder(4, attempt)

@@ -16,6 +16,7 @@ from jobs.recovery import (
     Failed,
     Finish,
     Launched,
+    Preserve,
     Rules,
     Start,
     Started,
@@ -164,6 +165,50 @@ def test_a_stop_commits_first_and_says_so_when_that_did_not_work():
     assert made == [Stop(4, "telar stop")]
 
 
+def test_a_stop_while_the_run_recovers_commits_memory_first():
+    lost = play(RULES, Failed(10, 1, "lost"), StopRequested(10.2, "SIGTERM"), Cleared(11, 1), state=running())[0]
+    state, made = play(RULES, Survey(12, 2, committed=5, memory=7), state=lost)
+    assert [type(decision) for decision in made] == [Preserve] and made[0].step == 7 and "SIGTERM" in made[0].reason
+    assert play(RULES, Survey(13, 2, committed=7, memory=7), state=state)[1] == [Stop(7, "SIGTERM")]
+    # Storage that refuses is asked again as often as an attempt is started again; then the run says that it failed.
+    state, made = play(RULES, *(Survey(at, 2, committed=5, memory=7) for at in (13, 14)), state=state)
+    assert [type(decision) for decision in made] == [Preserve, Fail] and state.phase == "failed"
+    # Nothing newer than the commit is left anywhere.
+    assert play(RULES, Survey(12, 2, committed=5), state=lost)[1] == [Stop(5, "SIGTERM")]
+    # A loss while the ranks were committing on request: at most the step before is in memory.
+    asked = (StopRequested(9, "SIGTERM"), Failed(10, 1, "lost"), Cleared(11, 1))
+    _, made = play(RULES, *asked, Survey(12, 2, 5, 6), Survey(13, 2, 6, 6), state=running())
+    assert [type(decision) for decision in made] == [Commit, Clear, Preserve, Stop] and made[-1].step == 6
+
+
+def test_what_lies_in_memory_alone_is_committed_before_the_run_waits_or_fails():
+    fixed = replace(RULES, min_replicas=3)
+    failed = (Failed(10, 1, "node 2 is gone"), Cleared(11, 1))
+    state, made = play(
+        fixed, *failed, Survey(12, 2, 5, 7), Survey(13, 2, 7, 7), Survey(14, 2, 7, 7), state=running(fixed)
+    )
+    assert [type(decision) for decision in made] == [Clear, Preserve] and "room for 2" in made[1].reason
+    _, made = play(fixed, Survey(15, 3, 7, 7), state=state)
+    assert (made[0].step, made[0].source) == (7, "storage")
+    spent = replace(running(), restarts=1, best=7)
+    _, made = play(RULES, *failed, Survey(12, 3, 5, 7), Survey(13, 3, 7, 7), state=spent)
+    assert [type(decision) for decision in made] == [Clear, Preserve, Fail] and made[-1].cause == "restarts"
+
+
+@pytest.mark.parametrize("phase", ["running", "starting"])
+def test_a_drained_node_is_left_after_a_commit(phase):
+    before = running() if phase == "running" else play(RULES, Survey(0, 3))[0]
+    state, made = play(RULES, Survey(3, 2, leaving="node 2"), Survey(4, 2, leaving="node 2"), state=before)
+    assert [type(decision) for decision in made] == [Commit] and state.phase == "resizing"
+    assert play(RULES, Survey(70, 2), state=state)[1][:1] == ([] if phase == "running" else [Clear(1, state_text(70))])
+    _, made = play(RULES, Ended(5, 1, 8), Cleared(6, 1), Survey(7, 2, committed=8), state=state)
+    assert (made[-1].replicas, made[-1].step, made[-1].change) == (2, 8, "shrink") and "node 2" in made[-1].reason
+
+
+def state_text(at):
+    return f"not all ranks started within {at - 3} s (elastic.start_timeout_seconds)"
+
+
 def test_a_start_that_hangs_and_room_that_is_not_there_are_given_up():
     state, made = play(RULES, Survey(0, 3), Survey(59, 3), Survey(61, 3))
     assert [type(decision) for decision in made] == [Start, Clear] and state.phase == "clearing"
@@ -197,7 +242,7 @@ class World:
         self.state, self.at = begin(0.0, committed), 0.0
         self.live = None
         self.starts = []
-        self.discarded, self.ended = set(), []
+        self.discarded, self.ended, self.preserves = set(), [], 0
 
     def apply(self, event):
         self.state, decisions = decide(self.rules, self.state, event)
@@ -214,6 +259,11 @@ class World:
                 self.starts.append(decision)
             elif isinstance(decision, (Commit, Clear)):
                 assert decision.attempt == self.live
+            elif isinstance(decision, Preserve):
+                assert self.live is None and event.committed < decision.step == event.memory
+                self.preserves += 1
+                if self.preserves % 3:
+                    self.committed = decision.step
             elif isinstance(decision, Discard):
                 assert decision.step == self.born.step and decision.source == self.born.source
                 if decision.source == "memory":
@@ -233,7 +283,8 @@ class World:
         if attempt is None:
             attempt = self.state.attempt
         if choice == "survey":
-            self.apply(Survey(at, replicas, self.committed, self.memory if self.memory > self.committed else 0))
+            memory, leaving = self.memory if self.memory > self.committed else 0, "node" if amount % 11 == 0 else ""
+            self.apply(Survey(at, replicas, self.committed, memory, leaving))
         elif choice == "started":
             self.apply(Started(at, attempt))
         elif choice == "stepped":

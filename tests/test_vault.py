@@ -3,11 +3,13 @@
 from pathlib import Path
 
 import pytest
+import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.commit import RankFile
+from cluster.commit import RankFile, commit
 from jobs.vault import Part, Shelf, StaleAttempt, newest
+from jobs.vaults import unwritten
 
 
 def part(step, rank=0, attempt=1, world=2):
@@ -88,3 +90,29 @@ def test_bytes_that_are_kept_are_the_vaults_own(tmp_path):
     content[:] = b"other"
     assert vault.content(part(3).key) == b"state"
     assert not list(Path(tmp_path).iterdir())
+
+
+def test_a_vault_writes_a_part_as_its_rank_would_have_and_nothing_that_is_damaged(tmp_path):
+    from cluster.storage import Storage
+    from jobs.vault import Vault
+
+    content = b"state of rank 0"
+    file = RankFile(0, "rank-00000.safetensors", len(content), xxhash.xxh3_128_hexdigest(content))
+    held = Part(3, 1, 1, file, part(3).extra)
+    vault = Vault()
+    vault.keep(held, content)
+    assert vault.write(held.key, str(tmp_path), "step-00000003/attempt-002")
+    storage = Storage(str(tmp_path))
+    assert commit(storage, 3, 2, [file], 1, {"tokens": 1}).step == 3
+    assert storage.read_bytes("step-00000003/attempt-002/rank-00000.safetensors") == content
+    vault.keep(held, b"state of rank O")
+    assert not vault.write(held.key, str(tmp_path), "other") and not vault.write((9, 9, 9), str(tmp_path), "other")
+    assert storage.names() == ["step-00000003"]
+
+
+def test_what_a_commit_says_leaves_the_records_of_steps_out():
+    told = {"tokens": 7, "run": "r", "records": [{"step": 6}, {"step": 7}], "data_state": {"quarantined": ["b"]}}
+    first = Part(7, 1, 2, part(7).file, told)
+    snapshot = newest([("a", [first, part(7, 1)])])
+    assert snapshot.extra() == {"tokens": 7, "run": "r", "data_state": {"quarantined": ["b", "shard-1"]}}
+    assert unwritten(snapshot) == told["records"] and unwritten(None) == ()

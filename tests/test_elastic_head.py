@@ -1,0 +1,152 @@
+"""The head's processes are killed and started again, over the same GCS storage (RocksDB): the run needs nobody.
+
+The entrypoint is a process of its own here, as in a job; it is lost with the head and not started again.
+"""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+
+from cluster import processes
+from cluster.storage import Storage
+from jobs.run_view import LEASE_SECONDS
+from tests.conftest import running_mark
+from tests.elastic_cluster import HEALTH, NODE, Books, kill_all, write_run
+from tests.test_elastic import AT_THE_END, BATCH, STEPS, TRAIN, check_same_course, redone, starts
+from tests.test_end_to_end import TINY, submit, telar, write_corpus
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+ROOT = Path(__file__).resolve().parent.parent
+ELASTIC = {"snapshot_every": 1}
+
+
+class HeadAndNodes:
+    """A head whose GCS keeps its tables in RocksDB, and two nodes; this process is not connected to them."""
+
+    def __init__(self, folder, code):
+        from ray.cluster_utils import Cluster
+
+        self.storage, self._code = Storage(str(folder / "runs")), str(code)
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        (folder / "gcs").mkdir()
+        system = {**HEALTH, "gcs_storage": "rocksdb", "gcs_storage_path": str(folder / "gcs")}
+        self._head = {**NODE, "num_cpus": 0, "include_dashboard": False, "_system_config": system}
+        self._head["gcs_server_port"] = port
+        self._cluster = Cluster(initialize_head=True, head_node_args=self._head)
+        for _ in range(2):
+            self._cluster.add_node(**NODE)
+        self._clients = []
+
+    def submit(self, name):
+        """Start the entrypoint of a run's job; returns it and the run's books."""
+        sections = {"train": TRAIN, "checkpoint": AT_THE_END, "elastic": ELASTIC}
+        write_run(self.storage, self._code, name, 2, sections)
+        command = [sys.executable, "-m", "jobs.run", f"{self.storage.url}/{name}", "--stage", "train"]
+        environment = {**os.environ, "RAY_ADDRESS": self._cluster.address, "PYTHONPATH": str(ROOT)}
+        client = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, cwd=ROOT)
+        self._clients.append(client)
+        return client, Books(self.storage.child(name))
+
+    def kill_head(self, client):
+        """SIGKILL the GCS, the head's raylet and all else that the head runs, the entrypoint with it."""
+        head, self._cluster.head_node = self._cluster.head_node, None
+        started = [info.process.pid for infos in head.all_processes.values() for info in infos]
+        family = [psutil.Process(pid) for pid in (*started, client.pid)]
+        family += [child for process in family for child in process.children(recursive=True)]
+        kill_all(family)
+        client.wait()
+        head.kill_all_processes(check_alive=False, allow_graceful=False)
+
+    def start_head(self):
+        """A head at the same address, over the same GCS storage."""
+        self._cluster.add_node(**self._head)
+
+    def close(self):
+        for client in self._clients:
+            client.kill()
+            client.wait()
+        self._cluster.shutdown()
+
+
+@pytest.fixture
+def cluster(tmp_path):
+    (tmp_path / "code").mkdir()
+    write_corpus(tmp_path / "code")
+    cluster = HeadAndNodes(tmp_path, tmp_path / "code")
+    yield cluster
+    cluster.close()
+
+
+def status(books):
+    return json.loads(books.folder.read_text("status.json")) if books.folder.exists("status.json") else {"state": None}
+
+
+def wait_for(books, condition, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not condition(status(books)):
+        assert time.monotonic() < deadline, f"waited {seconds} s: {status(books)}"
+        time.sleep(0.05)
+
+
+def test_a_run_survives_the_death_of_the_head_and_its_return(cluster):
+    client, books = cluster.submit("undisturbed")
+    assert client.wait(timeout=120) == 0
+    undisturbed = {step: loss for step, (loss,) in books.losses().items()}, books.samples(STEPS, BATCH)
+    client, books = cluster.submit("headless")
+    wait_for(books, lambda found: found["state"] == "training" and found["step"] >= 20)
+    killed = time.time()
+    cluster.kill_head(client)
+    cluster.start_head()
+    again = time.time()
+    wait_for(books, lambda found: found["state"] in ("finished", "failed", "stopped"))
+    assert status(books)["state"] == "finished"
+    (restarted,) = books.events("controller_restarted")
+    assert starts(books)[1]["source"] == "memory" and redone(books) <= 1
+    check_same_course(books, undisturbed, exact=True)
+    first = min(record["unix_seconds"] for record in books.lines("metrics.jsonl") if record["attempt"] == 2)
+    seconds = [f"{moment - killed:.1f} s" for moment in (again, restarted["unix_seconds"], first)]
+    alone = starts(books)[1]["step"] - restarted["step"]
+    print(f"\nhead, controller, next step after the kill: {', '.join(seconds)}; {alone} steps without a head")
+
+
+def test_a_run_whose_cluster_is_gone_is_resumed_by_its_name_on_a_fresh_one(tmp_path, monkeypatch):
+    """Without fault tolerance of the GCS, as on the embedded cluster, all processes go with the head."""
+    (tmp_path / "code").mkdir()
+    write_corpus(tmp_path / "code")
+    settings = {"train": {**TRAIN, "steps": 200}, "checkpoint": {"every_steps": 10}, "parallelism": {"data": 2}}
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump({**TINY, **settings, "tracking": {"log_samples": True}}))
+    home = tmp_path / "home"
+    monkeypatch.setenv("TELAR_HOME", str(home))
+    for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+    try:
+        submit(tmp_path, "whole", "--stage", "prepare", "--embedded")
+        telar(tmp_path, "submit", "--resume", "whole", "--stage", "train", "--wait", "--embedded")
+        whole = Books(Storage(str(tmp_path / "runs")).child("whole"))
+        telar(tmp_path, "submit", "tiny.yaml", "--set", "run.name=lost", "--embedded")
+        books = Books(Storage(str(tmp_path / "runs")).child("lost"))
+        wait_for(books, lambda found: found["state"] == "training" and found["step"] >= 25)
+        kill_all(processes.members(running_mark(home)))
+        reached = books.lines("metrics.jsonl")[-1]["step"]
+        # A controller that still works somewhere would renew its lease: a resume is refused until it has run out.
+        wait_for(books, lambda found: time.time() - found["updated_unix"] > LEASE_SECONDS)
+        telar(tmp_path, "submit", "--resume", "lost", "--stage", "train", "--wait", "--embedded")
+        assert status(books)["state"] == "finished"
+        expected = {step: loss for step, (loss,) in whole.losses().items()}
+        found = books.losses()
+        assert found.keys() == expected.keys()
+        assert all(value == expected[step] for step, values in found.items() for value in values)
+        assert 0 <= redone(books) <= 10 + 1 and reached < 200
+        assert books.samples(200, BATCH) == whole.samples(200, BATCH)
+    finally:
+        telar(tmp_path, "down", "--force")
