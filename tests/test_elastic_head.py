@@ -57,6 +57,13 @@ class HeadAndNodes:
         self._clients.append(client)
         return client, Books(self.storage.child(name))
 
+    def kill_controller(self):
+        """SIGKILL the controller's process, which the head's raylet has started."""
+        (raylet,) = (info.process.pid for info in self._cluster.head_node.all_processes["raylet"])
+        workers = psutil.Process(raylet).children(recursive=True)
+        (controller,) = [worker for worker in workers if "ray::Controller" in " ".join(worker.cmdline())]
+        controller.kill()
+
     def kill_head(self, client):
         """SIGKILL the GCS, the head's raylet and all else that the head runs, the entrypoint with it."""
         head, self._cluster.head_node = self._cluster.head_node, None
@@ -78,13 +85,21 @@ class HeadAndNodes:
         self._cluster.shutdown()
 
 
-@pytest.fixture
-def cluster(tmp_path):
-    (tmp_path / "code").mkdir()
-    write_corpus(tmp_path / "code")
-    cluster = HeadAndNodes(tmp_path, tmp_path / "code")
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("head")
+    (folder / "code").mkdir()
+    write_corpus(folder / "code")
+    cluster = HeadAndNodes(folder, folder / "code")
     yield cluster
     cluster.close()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(cluster):
+    client, books = cluster.submit("undisturbed")
+    assert client.wait(timeout=120) == 0
+    return {step: loss for step, (loss,) in books.losses().items()}, books.samples(STEPS, BATCH)
 
 
 def status(books):
@@ -98,10 +113,16 @@ def wait_for(books, condition, seconds=120):
         time.sleep(0.05)
 
 
-def test_a_run_survives_the_death_of_the_head_and_its_return(cluster):
-    client, books = cluster.submit("undisturbed")
+def test_the_entrypoint_follows_a_controller_that_is_started_again(cluster, undisturbed):
+    client, books = cluster.submit("followed")
+    wait_for(books, lambda found: found["state"] == "training" and found["step"] >= 20)
+    cluster.kill_controller()
     assert client.wait(timeout=120) == 0
-    undisturbed = {step: loss for step, (loss,) in books.losses().items()}, books.samples(STEPS, BATCH)
+    assert len(books.events("controller_restarted")) == 1 and redone(books) <= 1
+    check_same_course(books, undisturbed, exact=True)
+
+
+def test_a_run_survives_the_death_of_the_head_and_its_return(cluster, undisturbed):
     client, books = cluster.submit("headless")
     wait_for(books, lambda found: found["state"] == "training" and found["step"] >= 20)
     killed = time.time()
