@@ -13,6 +13,7 @@ from pydantic import Field, field_validator, model_validator
 from configs.data_section import CorpusSection, DataSection, TokenizerSection, WeightChange
 from configs.images_section import ImagesSection
 from configs.model_section import AttentionSection, ModelSection
+from configs.not_offered import refuse_not_offered
 from configs.offload_section import OffloadSection
 from configs.pipeline_limits import pipeline_problem
 from configs.redaction import advice, holds_secret
@@ -90,6 +91,8 @@ class ParallelismSection(Section):
     offload: OffloadSection = Field(
         default_factory=OffloadSection, description="what lies in host memory; zero_stage 3"
     )
+
+    _refuses = model_validator(mode="before")(refuse_not_offered)
 
     @property
     def ranks(self) -> int:
