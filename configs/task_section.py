@@ -17,6 +17,7 @@ METRICS = {
     "first_preferred": "choices",
     "bbq": "choices",
     "faithfulness": "explain",
+    "plausibility": "explain",
     "bits_per_byte": "loglikelihood",
     "exact_match": "generate",
     "squad": "generate",
@@ -51,7 +52,7 @@ class TaskSection(Section):
     """
 
     name: str = Field(description="name of the cell in results and tables")
-    kind: Literal["text", "jsonl", "json", "csv", "tsv", "parquet", "arrow", "parallel", "hf"] = Field(
+    kind: Literal["text", "jsonl", "json", "csv", "tsv", "parquet", "arrow", "parallel", "hf", "babi"] = Field(
         description="how files are read, as for a corpus"
     )
     path: str = Field(
@@ -78,6 +79,10 @@ class TaskSection(Section):
     target: str = Field("", description="template of the text that is scored, or that an output is compared with")
     choices: str | tuple[str, ...] = Field((), description="candidates: templates, or one of a JSON list")
     answer: str = Field("", description="choices: template of the right candidate, see above")
+    rationale: str = Field(
+        "",
+        description="plausibility: template of the passages of the source that people name as the reason, one a line",
+    )
     normalise: Literal["sum", "byte", "token"] = Field(
         "sum", description="choices: compare log-likelihoods as they are, per UTF-8 byte or per token of the candidate"
     )
@@ -129,7 +134,8 @@ class TaskSection(Section):
     def _templates_are_templates(self) -> TaskSection:
         listed = [self.choices] if isinstance(self.choices, str) else list(self.choices)
         named = [
-            (field, getattr(self, field)) for field in ("source", "target", "answer", "group", "pair_by", "program")
+            (field, getattr(self, field))
+            for field in ("source", "target", "answer", "group", "pair_by", "program", "rationale")
         ]
         for field, text in [*named, *((f"choices.{i}", template) for i, template in enumerate(listed))]:
             try:
@@ -167,6 +173,8 @@ class TaskSection(Section):
             raise ValueError(f"target: metric: {self.metric} needs the text that it judges or compares with; give one")
         if self.choices and self.target:
             raise ValueError("target: the candidates are the targets; remove it")
+        if bool(self.rationale) != (self.metric == "plausibility"):
+            raise ValueError("rationale: metric: plausibility needs it, and only it; give or remove it")
         if self.metric == "true_mass" and self.normalise != "sum":
             raise ValueError(
                 f"normalise: scores per {self.normalise} are no log-probabilities, of which metric: true_mass sums; "
