@@ -24,6 +24,7 @@ METRICS = {
     "rouge_l": "generate",
     "bleu": "generate",
     "diversity": "generate",
+    "unsupported": "generate",
     "pass_at_k": "generate",
 }
 # Metrics that run what the model wrote.
@@ -83,6 +84,10 @@ class TaskSection(Section):
         "",
         description="plausibility: template of the passages of the source that people name as the reason, one a line",
     )
+    faithful: str = Field(
+        "", description="unsupported: template of a text that its source supports, to judge the detector by"
+    )
+    unfaithful: str = Field("", description="unsupported: template of a text that it does not; both or none")
     normalise: Literal["sum", "byte", "token"] = Field(
         "sum", description="choices: compare log-likelihoods as they are, per UTF-8 byte or per token of the candidate"
     )
@@ -175,6 +180,11 @@ class TaskSection(Section):
             raise ValueError("target: the candidates are the targets; remove it")
         if bool(self.rationale) != (self.metric == "plausibility"):
             raise ValueError("rationale: metric: plausibility needs it, and only it; give or remove it")
+        labelled = bool(self.faithful), bool(self.unfaithful)
+        if any(labelled) and (self.metric != "unsupported" or not all(labelled)):
+            raise ValueError(
+                "faithful, unfaithful: they judge the detector of metric: unsupported; give both with it, or none"
+            )
         if self.metric == "true_mass" and self.normalise != "sum":
             raise ValueError(
                 f"normalise: scores per {self.normalise} are no log-probabilities, of which metric: true_mass sums; "

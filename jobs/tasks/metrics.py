@@ -22,6 +22,7 @@ from jobs.tasks.sentiment import label_metrics
 from jobs.tasks.summary import rouge_l
 from jobs.tasks.text_generation import diversity_metrics
 from jobs.tasks.translation import FIGURES
+from jobs.tasks.unsupported import calibration_measure, unsupported_measures
 
 
 @dataclass(frozen=True)
@@ -178,6 +179,19 @@ def plausible(answered: Answered) -> list[Measure]:
     return plausible_measures([row.answers[0] for row in answered.rows], passages)
 
 
+def unsupported(answered: Answered) -> list[Measure]:
+    """Names and numbers that were written and that the source lacks, and how good their detector is."""
+    task = answered.task
+    found = unsupported_measures(answered.sources, answered.outputs, answered.references if task.target else None)
+    if task.faithful:
+        faithful_texts, unfaithful_texts = (
+            [rendered(task, field, template, e.record.fields, e.record.index) for e in answered.examples]
+            for field, template in (("faithful", task.faithful), ("unfaithful", task.unfaithful))
+        )
+        found.append(calibration_measure(answered.sources, faithful_texts, unfaithful_texts))
+    return found
+
+
 def code(answered: Answered) -> list[Measure]:
     """pass@k and the share that parses; runs programs, which `evaluate.allow_code_execution` allowed at the start."""
     texts = [
@@ -198,6 +212,7 @@ MEASURES: dict[str, Callable[[Answered], list[Measure]]] = {
     "squad": squad,
     "rouge_l": rouge,
     "bits_per_byte": bits,
+    "unsupported": unsupported,
     "pass_at_k": code,
 }
 
