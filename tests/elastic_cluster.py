@@ -147,6 +147,15 @@ class Books:
             found.setdefault(record["step"], []).append(record["loss"])
         return found
 
+    def sampled_step(self):
+        """The newest step whose samples a rank has noted, whether or not a controller heard of it."""
+        lines = [
+            line
+            for name in self.folder.names("samples")
+            for line in self.folder.read_text(f"samples/{name}").splitlines(keepends=True)
+        ]
+        return max((json.loads(line)["step"] for line in lines if line.endswith("\n")), default=0)
+
     def samples(self, steps, batch):
         """Digests of the samples of each step as the attempt saw it whose result the run went on from."""
         last = {record["step"]: record["attempt"] for record in self.lines("metrics.jsonl")}
@@ -169,7 +178,7 @@ class Run(Books):
         self.controller = create_or_attach(cluster.storage.url, name, ["train"], "test", None)
         self._outcome = self.controller.outcome.remote()
 
-    def wait_for(self, condition, what, seconds=120):
+    def wait_for(self, condition, what, seconds=300):
         """Poll until the condition holds; the run must not have ended before."""
         deadline = time.monotonic() + seconds
         while not (found := condition()):
@@ -216,7 +225,7 @@ class Run(Books):
         """Ask for a stop."""
         self.ray.get(self.controller.stop.remote("test"))
 
-    def end(self, seconds=180):
+    def end(self, seconds=300):
         """The terminal state; the controller is removed."""
         deadline = time.monotonic() + seconds
         while not self._ended():

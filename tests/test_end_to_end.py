@@ -249,7 +249,7 @@ def test_stages_of_tensor_ranks_train_the_same_model(project, undisturbed):
     assert metrics(project, "shared")[-1]["step"] == 7 and metrics(project, "shared")[-1]["world_size"] == 2
 
 
-def wait_for(condition, what, seconds=120):
+def wait_for(condition, what, seconds=300):
     deadline = time.monotonic() + seconds
     while not (found := condition()):
         assert time.monotonic() < deadline, f"waited {seconds} s for {what}"
