@@ -67,7 +67,7 @@ def test_a_killed_rank_is_replaced_and_the_others_are_used_again(cluster, undist
     assert not same[1] and any(same)
     assert "lost rank 1" in reasons(run, "clear")[0]
     (recovered,) = run.events("recovered")
-    assert recovered["detected_seconds"] > 0 and recovered["recovered_seconds"] > 0
+    assert recovered["detected_seconds"] >= 0 and recovered["recovered_seconds"] > 0
 
 
 def test_a_rank_that_hangs_is_found_its_stacks_kept_and_it_is_replaced(cluster, undisturbed):
