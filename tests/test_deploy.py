@@ -37,7 +37,13 @@ RAY_JOB = {
         "rayClusterSpec": {
             "rayVersion": str,
             "authOptions": {"mode": {"token", "disabled"}},
-            "gcsFaultToleranceOptions": {"backend": {"rocksdb", "redis"}, "storage": {"size": str}},
+            "gcsFaultToleranceOptions": {
+                "backend": {"rocksdb", "redis"}, "storage": {"size": str},
+                "redisAddress": str,
+                "redisPassword": {
+                    "value": str, "valueFrom": {"secretKeyRef": {"name": str, "key": str, "optional": bool}}
+                },
+            },
             "headGroupSpec": {"rayStartParams": dict, "template": POD},
             "workerGroupSpecs": [
                 {
@@ -130,6 +136,19 @@ def test_the_entrypoint_is_a_command_that_telar_understands(config):
     assert {word for word in options if word.startswith("--")} <= known
 
 
+def test_the_heads_state_lies_in_rocksdb_in_redis_or_nowhere(config):
+    options = ("--to", "kuberay", "--image", "i")
+    # KubeRay refuses rocksdb unless its operator was started with the gate (validateGcsFaultToleranceBackend).
+    assert "--feature-gates=GCSFaultToleranceEmbeddedStorage=true" in deploy(config, *options).split("apiVersion")[0]
+    _, job = yaml.safe_load_all(deploy(config, *options, "--gcs-storage", "redis://redis:6379"))
+    check(job, RAY_JOB)
+    state = job["spec"]["rayClusterSpec"]["gcsFaultToleranceOptions"]
+    # Both of rocksdb's fields are refused beside an address; redis is the default backend.
+    assert state["redisAddress"] == "redis://redis:6379" and not {"backend", "storage"} & state.keys()
+    _, job = yaml.safe_load_all(deploy(config, *options, "--gcs-storage", "none"))
+    assert "gcsFaultToleranceOptions" not in job["spec"]["rayClusterSpec"]
+
+
 def test_a_claim_is_mounted_everywhere_and_holds_the_storage(config):
     options = ("--to", "kuberay", "--image", "i", "--claim", "team", "--storage", "/shared/runs")
     config_map, job = yaml.safe_load_all(deploy(config, *options))
@@ -153,6 +172,10 @@ def test_a_claim_is_mounted_everywhere_and_holds_the_storage(config):
         (("--to", "kuberay", "--image", "i", "--set", "data.corpora.web.path=/d/x.jsonl"), ("data.corpora.web.path",)),
         (("--to", "kuberay", "--image", "i", "--nodes", "1"), ("--nodes", "8 ranks", "asks for 16", "give 2")),
         (("--to", "kuberay", "--image", "i", "--set", "run.name=___"), ("run.name", "'___'")),
+        (
+            ("--to", "kuberay", "--image", "i", "--gcs-storage", "redis://:secret@redis:6379"),
+            ("--gcs-storage", "redis://HOST:PORT", "telar-redis"),
+        ),
         (("--to", "slurm"), ("--shared",)),
         (("--to", "slurm", "--shared", "/nowhere"), ("--shared", "/nowhere")),
         (("--to", "ray-up"), ("--hosts", "--region")),

@@ -25,17 +25,47 @@ PORTS = {"gcs": 6379, "dashboard": 8265, "metrics": 8080}
 RETRIES = 3
 KEEP_CLUSTER_SECONDS = 600
 STORAGE_SECRET = "telar-storage"
+REDIS_SECRET = "telar-redis"
+ROCKSDB, NONE = "rocksdb", "none"
+NOTES = {
+    ROCKSDB: "The head's state lies in RocksDB on a volume of its own: this needs KubeRay 1.7 or later, its operator\n"
+    "# started with --feature-gates=GCSFaultToleranceEmbeddedStorage=true. Without it: telar deploy --gcs-storage\n"
+    "# redis://HOST:PORT, or none.",
+    NONE: "The head's state is in its memory: when its pod is lost, a new cluster resumes the run (backoffLimit).",
+}
 
 
-def manifest(order: Order, image: str, claim: str | None = None) -> str:
+def manifest(order: Order, image: str, claim: str | None = None, gcs_storage: str = ROCKSDB) -> str:
     """Both objects, as YAML.
 
     `image` holds Python, Ray and Telar; `claim` names a PersistentVolumeClaim (ReadWriteMany) that all pods mount at
-    /shared. Raises ConfigError when Kubernetes does not take the run's name.
+    /shared; `gcs_storage` is where the head keeps its state: rocksdb, redis://HOST:PORT or none. Raises ConfigError
+    when Kubernetes does not take the run's name, or for another kind of storage.
     """
     name = object_name(order.name)
-    objects = [config_map(order, name), ray_job(order, name, image, claim)]
-    return yaml.safe_dump_all(objects, sort_keys=False)
+    objects = [config_map(order, name), ray_job(order, name, image, claim, gcs_storage)]
+    note = NOTES.get(gcs_storage, f"The password of Redis, if it has one, is `password` in the secret {REDIS_SECRET}.")
+    return f"# {note}\n" + yaml.safe_dump_all(objects, sort_keys=False)
+
+
+def fault_tolerance(gcs_storage: str) -> dict[str, Any]:
+    """The field of the cluster's specification with which actors and jobs outlive a restart of the head's pod.
+
+    Raises ConfigError naming the option for a kind that KubeRay has not.
+    """
+    if gcs_storage == NONE:
+        return {}
+    if gcs_storage == ROCKSDB:
+        options: dict[str, Any] = {"backend": "rocksdb", "storage": {"size": "1Gi"}}
+    elif re.fullmatch(r"rediss?://[^\s/@:]+:\d+", gcs_storage):
+        password = {"secretKeyRef": {"name": REDIS_SECRET, "key": "password", "optional": True}}
+        options = {"redisAddress": gcs_storage, "redisPassword": {"valueFrom": password}}
+    else:
+        raise ConfigError(
+            f"--gcs-storage: {gcs_storage!r} is none of rocksdb, redis://HOST:PORT and none; a password of Redis "
+            f"belongs into the secret {REDIS_SECRET}"
+        )
+    return {"gcsFaultToleranceOptions": options}
 
 
 def object_name(run: str) -> str:
@@ -55,7 +85,7 @@ def config_map(order: Order, name: str) -> dict[str, Any]:
     return {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": f"{name}-config"}, "data": data}
 
 
-def ray_job(order: Order, name: str, image: str, claim: str | None) -> dict[str, Any]:
+def ray_job(order: Order, name: str, image: str, claim: str | None, gcs_storage: str) -> dict[str, Any]:
     """The RayJob."""
     machines = order.machines
     worker = _container("ray-worker", image, machines.cpus, machines.memory_gib, machines.gpus, claim)
@@ -79,8 +109,7 @@ def ray_job(order: Order, name: str, image: str, claim: str | None) -> dict[str,
                 "rayVersion": RAY_VERSION,
                 # The operator makes a token, keeps it in a secret and gives it to all pods.
                 "authOptions": {"mode": "token"},
-                # Actors and jobs outlive a restart of the head's pod.
-                "gcsFaultToleranceOptions": {"backend": "rocksdb", "storage": {"size": "1Gi"}},
+                **fault_tolerance(gcs_storage),
                 "headGroupSpec": {
                     "rayStartParams": {"num-cpus": "0", "dashboard-host": "0.0.0.0"},
                     "template": _pod(head, name, claim, gpus=0),

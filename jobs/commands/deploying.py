@@ -29,6 +29,7 @@ class Target:
     memory_gib: int | None = None
     image: str | None = None
     claim: str | None = None
+    gcs_storage: str = kuberay.ROCKSDB
     shared: str | None = None
     limit: str = "24:00:00"
     hosts: str | None = None
@@ -72,7 +73,7 @@ def _kuberay(order: Order, target: Target) -> str:
     check_visible(
         order.config, mount, f"pods see object stores (s3://, gs://) and, with --claim, what lies below {kuberay.MOUNT}"
     )
-    return kuberay.manifest(_shared(order) if mount else order, target.image, target.claim)
+    return kuberay.manifest(_shared(order) if mount else order, target.image, target.claim, target.gcs_storage)
 
 
 def _slurm(order: Order, file: Path, overrides: Sequence[str], target: Target) -> str:

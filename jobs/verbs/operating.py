@@ -105,6 +105,13 @@ def monitor(out: str, token_file: str | None, prometheus: str, address: str | No
 @click.option("--memory-gib", type=click.IntRange(1), help="Memory per machine; default: 16 GiB for each rank.")
 @click.option("--image", help="kuberay: container image with Telar installed.")
 @click.option("--claim", help="kuberay: a ReadWriteMany volume claim, mounted at /shared in all pods.")
+@click.option(
+    "--gcs-storage",
+    metavar="rocksdb|redis://HOST:PORT|none",
+    default="rocksdb",
+    show_default=True,
+    help="kuberay: where the head keeps its state, so that a run survives its restart.",
+)
 @click.option("--shared", metavar="DIR", help="slurm: a folder that all machines see, e.g. /home.")
 @click.option("--time", "limit", default="24:00:00", show_default=True, help="slurm: time limit of one allocation.")
 @click.option("--hosts", help="ray-up: machines that are there, separated by commas, the head first.")
