@@ -24,8 +24,13 @@ class StepResult(Protocol):
 class Engine(Protocol):
     """One rank's share of an optimizer step."""
 
-    def train_step(self, batches: Sequence[Any], step: int, learning_rate: float, stop: bool) -> StepResult:
-        """Run forward, backward and update; `stop` asks all ranks to end after this step."""
+    def train_step(
+        self, batches: Sequence[Any], step: int, learning_rate: float, stop: bool, before_update: Callable[[], None]
+    ) -> StepResult:
+        """Run forward, backward and update; `stop` asks all ranks to end after this step.
+
+        Each rank calls `before_update` in between, and none updates before all have returned from it.
+        """
 
 
 class Batches(Protocol):
@@ -42,6 +47,9 @@ class Reporter(Protocol):
 
     def on_step(self, record: StepRecord) -> None:
         """Called on every rank after every step."""
+
+    def before_update(self) -> None:
+        """Wait for what must be safe before any rank can have done the step."""
 
     def stop_requested(self) -> bool:
         """Whether this rank was asked to stop."""
@@ -109,7 +117,7 @@ def train(
         started = time.perf_counter()
         micro_batches = batches.next_step()
         rate = learning_rate(step)
-        result = engine.train_step(micro_batches, step, rate, reporter.stop_requested())
+        result = engine.train_step(micro_batches, step, rate, reporter.stop_requested(), reporter.before_update)
         seconds = time.perf_counter() - started
         tokens, stopped = tokens + result.target_tokens, result.stop
         reporter.on_step(

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import xxhash
 
 from cluster import commit
@@ -26,6 +27,7 @@ from data.state import check_state
 from data.tokenizer import read_tokenizer
 from jobs.batches import to_model
 from jobs.classes import Classes
+from jobs.delivery import Delivery
 from jobs.loop import Batches, Course, LoopEnd, StepRecord, train
 from jobs.machine import hardware, versions
 from jobs.pretrained import initial_parameters
@@ -33,7 +35,7 @@ from jobs.progress import Progress
 from jobs.sample_log import LoggedBatches
 from jobs.upload import Upload
 from model.batch import ModelBatch
-from model.checkpoint import CheckpointReader, serialized, snapshot, write_snapshot
+from model.checkpoint import CheckpointReader, snapshot, snapshot_bytes, write_snapshot
 from model.engine import Engine, create_engine
 from model.fragments import restore
 from model.schedule import learning_rate
@@ -72,9 +74,12 @@ class Messages:
         """Something went wrong that training goes on without."""
 
     def snapshot(
-        self, step: int, attempt: int, file: commit.RankFile, world_size: int, extra: dict, content: bytes
+        self, step: int, attempt: int, file: commit.RankFile, world_size: int, extra: dict, content: np.ndarray
     ) -> None:
-        """Keep this rank's part of a snapshot in memory of the cluster; returns when it is safe."""
+        """Keep this rank's part of a snapshot (uint8) in memory of the cluster; returns when it is safe.
+
+        Called in a thread of its own; `content` is another step's afterwards.
+        """
 
 
 class RankReporter:
@@ -90,6 +95,8 @@ class RankReporter:
         # The state of the data after the steps done so far; set before the first step.
         self.data_state: Callable[[], dict[str, Any]] | None = None
         self._upload: Upload | None = None
+        self._delivery: Delivery | None = None
+        self._content: np.ndarray | None = None
 
     def request_stop(self) -> None:
         """Ask the loop to commit and leave after the step it is in; may be called from any thread."""
@@ -118,18 +125,34 @@ class RankReporter:
         self._progress.beat("data", step)
 
     def _remember(self, record: StepRecord) -> None:
-        task, step, digest = self._task, record.step, xxhash.xxh3_128()
-        content = b"".join(serialized(snapshot(self._engine), {"step": str(step)}))
-        digest.update(content)
-        file = commit.RankFile(task.rank, commit.rank_file_name(task.rank), len(content), digest.hexdigest())
+        """Copy the state, and bring it to safety while the next step's gradients are computed."""
+        self.before_update()
+        task, step = self._task, record.step
+        content = self._content = snapshot_bytes(self._engine, {"step": str(step)}, self._content)
         extra: dict[str, Any] = {"tokens": record.tokens, "data_state": self.data_state()}
         if task.rank == 0:
             # What a commit of the step would say, and what the books may lack if the controller dies now.
             extra = {**self._extra(step, **extra), "records": [*self._messages.unwritten(), record.as_dict()]}
-        self._messages.snapshot(step, task.attempt, file, task.world_size, extra, content)
+
+        def deliver() -> None:
+            digest = xxhash.xxh3_128_hexdigest(content)
+            file = commit.RankFile(task.rank, commit.rank_file_name(task.rank), len(content), digest)
+            self._messages.snapshot(step, task.attempt, file, task.world_size, extra, content)
+
+        self._delivery = Delivery(f"snapshot-{step}", deliver)
+
+    def before_update(self) -> None:
+        """Until the snapshot of the step before is safe: a rank that has done a step knows that all of them are.
+
+        Raises what became of it otherwise.
+        """
+        delivery, self._delivery = self._delivery, None
+        if delivery is not None:
+            delivery.wait()
 
     def close(self) -> None:
-        """Wait for the last upload and pass on its error, if it had one."""
+        """Wait for the last snapshot and the last upload, and pass on their errors, if they had one."""
+        self.before_update()
         self._wait()
 
     def _wait(self) -> None:

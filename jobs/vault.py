@@ -1,7 +1,8 @@
 """Snapshots of training state in the memory of the cluster's nodes: the newest steps, each on two nodes.
 
 A `Vault` is an actor of one node. A rank hands its part of a snapshot to its node's vault, which keeps it as bytes of
-its own and passes a copy on to another node's before it answers. So when a step is done anywhere, the snapshot of the
+its own and passes a copy on to another node's before it answers. The rank computes the next step's gradients meanwhile,
+and no rank updates its weights before all have had their answers. So when a step is done anywhere, the snapshot of the
 step before lies twice; what a crash of all nodes, or of both that hold a part, takes away is in storage, as of the last
 commit. A snapshot counts when the parts of all ranks of one attempt are there; digests are checked by who restores it.
 
@@ -19,6 +20,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import ray
 import xxhash
 
@@ -174,7 +176,7 @@ class Vault:
             self._shelf.begin(attempt)
             self._peer = peer
 
-    def deliver(self, part: Part, content: bytes) -> bool:
+    def deliver(self, part: Part, content: bytes | np.ndarray) -> bool:
         """Keep a part and have the peer keep it; whether there are two now. Raises StaleAttempt."""
         self.keep(part, content)
         if self._peer is None:
@@ -186,7 +188,7 @@ class Vault:
             return False
         return True
 
-    def keep(self, part: Part, content: bytes) -> None:
+    def keep(self, part: Part, content: bytes | np.ndarray) -> None:
         """Keep a part here."""
         owned = _own(content)
         with self._lock:
@@ -226,7 +228,7 @@ def transfer_seconds(part: Part) -> float:
     return COPY_SECONDS + part.file.bytes / SLOWEST_BYTES_PER_SECOND
 
 
-def _own(content: bytes) -> bytes:
+def _own(content: bytes | np.ndarray) -> bytes:
     """Memory of this process: what Ray hands in may belong to the sender, and go with it."""
     return bytes(memoryview(content))
 

@@ -11,6 +11,7 @@ from collections import deque
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import psutil
 import ray
 
@@ -73,7 +74,7 @@ class ControllerMessages(Messages):
         self._controller.record_problem.remote(text)
 
     def snapshot(
-        self, step: int, attempt: int, file: commit.RankFile, world_size: int, extra: dict, content: bytes
+        self, step: int, attempt: int, file: commit.RankFile, world_size: int, extra: dict, content: np.ndarray
     ) -> None:
         """Wait until this node's vault has it, and another one's a copy."""
         ray.get(self._vault.deliver.remote(Part(step, attempt, world_size, file, extra), content))

@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import xxhash
 from safetensors import SafetensorError, safe_open
@@ -80,6 +81,35 @@ def file_bytes(owned: Sequence[Fragment]) -> int:
 
 def serialized(owned: Sequence[Fragment], metadata: dict[str, str]) -> Iterator[bytes | memoryview]:
     """The safetensors format (length, JSON header, raw little-endian tensors), without a second copy in memory."""
+    text = _header(owned, metadata)
+    yield len(text).to_bytes(8, "little")
+    yield text
+    for piece in owned:
+        yield memoryview(piece.tensor.contiguous().view(torch.uint8).numpy())
+
+
+def snapshot_bytes(engine: Engine, metadata: dict[str, str], room: np.ndarray | None = None) -> np.ndarray:
+    """What a rank file of the state now would hold, uint8 `[bytes]`, by one copy of each tensor.
+
+    Fills `room`, what an earlier call has returned, where that is of the same size.
+    """
+    owned = owned_fragments(engine)
+    text = _header(owned, metadata)
+    begin = 8 + len(text)
+    size = begin + sum(piece.tensor.numel() * piece.tensor.element_size() for piece in owned)
+    if room is None or len(room) != size:
+        room = np.empty(size, np.uint8)
+    room[:begin] = np.frombuffer(len(text).to_bytes(8, "little") + text, np.uint8)
+    target = torch.from_numpy(room)
+    for piece in owned:
+        source = piece.tensor.detach().contiguous().view(torch.uint8)
+        target[begin : begin + len(source)].copy_(source)
+        begin += len(source)
+    return room
+
+
+def _header(owned: Sequence[Fragment], metadata: dict[str, str]) -> bytes:
+    """The JSON of a rank file: metadata, full shapes, and where each tensor lies."""
     shapes = {piece.name: piece.shape for piece in owned}
     parts = {piece.name: piece.part for piece in owned if piece.part is not None}
     own = {"shapes": json.dumps(shapes), **({"parts": json.dumps(parts)} if parts else {})}
@@ -93,11 +123,7 @@ def serialized(owned: Sequence[Fragment], metadata: dict[str, str]) -> Iterator[
             "data_offsets": [begin, end],
         }
     text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    yield len(text).to_bytes(8, "little")
-    yield text
-    for piece in owned:
-        yield memoryview(piece.tensor.contiguous().view(torch.uint8).numpy())
+    return text + b" " * (-len(text) % 8)
 
 
 class _Range(NamedTuple):

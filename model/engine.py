@@ -7,7 +7,7 @@ micro-batches are spread over ranks; the stop flag is agreed by all ranks; a ste
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -47,18 +47,25 @@ class Engine:
         self.parameter_count = sum(math.prod(shape) for shape in self.shapes.values())
 
     def train_step(
-        self, batches: Sequence[ModelBatch], step: int, learning_rate: float, stop: bool = False
+        self,
+        batches: Sequence[ModelBatch],
+        step: int,
+        learning_rate: float,
+        stop: bool = False,
+        before_update: Callable[[], None] = lambda: None,
     ) -> StepResult:
         """Train on this replica's micro-batches of the global batch, equally many on each (fill with zero-weight).
 
         All ranks of one replica are given the same. `step` counts from 1 and seeds dropout together with each
-        micro-batch's index. Raises TrainingError, before anything is updated when the loss is not finite.
+        micro-batch's index. No rank updates anything before all have returned from `before_update`, which is called
+        with the gradients there. Raises TrainingError, before anything is updated when the loss is not finite.
         """
         agreed = agree(batches, step, stop, self.context, self.device)
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = learning_rate
         # DeepSpeed averages gradients over replicas; the factor turns that into the sum over the global batch.
         sums = self._differentiate(batches, step, self.context.data.size / agreed.weight)
+        before_update()
         # All ranks hear the same numbers, so that all go on or none does; tensor ranks of a replica count as one.
         sums *= self.context.counts
         dist.all_reduce(sums)

@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 
 SIZE = 8
-CASE_TIMEOUT_SECONDS = 180
+CASE_TIMEOUT_SECONDS = 600
 # Groups that DeepSpeed keeps alive (ZeRO-3's, the pipeline's) leave threads that wake up 100 times a second.
 MOST_THREADS = 60
 
@@ -105,6 +105,8 @@ class GlooPool:
 
 
 def _member(pipe: Connection):
+    # Up to eight of these compute at once: a test with deadlines of Ray's beside them comes first.
+    os.nice(5)
     os.environ["DS_ACCELERATOR"] = "cpu"
     import torch
 

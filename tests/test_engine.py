@@ -1,6 +1,8 @@
 """The engine against a plain single-process PyTorch loop: every ZeRO stage, uneven micro-batches, dropout, stop."""
 
 import json
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -245,6 +247,36 @@ def test_a_process_that_had_an_engine_trains_with_a_fresh_one():
 def test_a_stop_of_one_rank_is_heard_by_all(gloo_pool):  # noqa: F811
     for results, _, _ in gloo_pool.run(2, train_with_engine, make_config(), 2, 3):
         assert [result.stop for result in results] == [False, False, True, False, False, False]
+
+
+def train_with_a_late_rank(config, folder):
+    """Rank 1 holds the update back until it has seen rank 0 wait; whether rank 0 was through before."""
+    engine = create_engine(config, VOCABULARY, 0)
+    waiting, through, early = Path(folder, "waiting"), Path(folder, "through"), []
+
+    def before_update():
+        if engine.rank == 0:
+            waiting.touch()
+            return
+        deadline = time.monotonic() + 60
+        while not waiting.exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        # Long enough for an update of this model.
+        for _ in range(50):
+            early.append(through.exists())
+            time.sleep(0.01)
+
+    try:
+        engine.train_step(share(1, 2, engine.context.data.rank, 2), 1, RATE, before_update=before_update)
+        through.touch()
+        return any(early)
+    finally:
+        engine.close()
+
+
+def test_no_rank_updates_before_all_have_returned_from_before_update(gloo_pool, tmp_path):  # noqa: F811
+    assert gloo_pool.run(2, train_with_a_late_rank, make_config(zero_stage=2), str(tmp_path)) == [False, False]
 
 
 def train_on_nothing(config):

@@ -11,7 +11,14 @@ from safetensors import safe_open
 from cluster import commit
 from cluster.commit import CheckpointError
 from cluster.storage import Storage
-from model.checkpoint import CheckpointReader, load_parameters, snapshot, write_snapshot
+from model.checkpoint import (
+    CheckpointReader,
+    load_parameters,
+    serialized,
+    snapshot,
+    snapshot_bytes,
+    write_snapshot,
+)
 from model.engine import create_engine
 from model.fragments import STATES, fragments, restore
 from model.transformer import build_model
@@ -40,6 +47,28 @@ def save_and_go_on(config, folder):
         return record, losses, gathered(engine), middle, owned
     finally:
         engine.close()
+
+
+def snapshots_of_two_steps(config):
+    """Of each step the state as `serialized` gives it and as `snapshot_bytes` does, which fills the same room again."""
+    engine = create_engine(config, VOCABULARY, 0)
+    try:
+        found, room = [], None
+        for step in (1, 2):
+            train(engine, step, step)
+            filled = snapshot_bytes(engine, {"step": str(step)}, room)
+            assert room is None or filled is room
+            room = filled
+            found.append((b"".join(serialized(snapshot(engine), {"step": str(step)})), room.tobytes()))
+        return found
+    finally:
+        engine.close()
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_the_bytes_in_memory_are_those_of_the_file(gloo_pool, stage):  # noqa: F811
+    for (one, same), (two, same_two) in gloo_pool.run(2, snapshots_of_two_steps, make_config(zero_stage=stage)):
+        assert one == same and two == same_two and one != two
 
 
 def load_and_go_on(config, folder, used_before=False):

@@ -27,7 +27,8 @@ class ScriptedEngine:
     def __init__(self):
         self.steps, self.rates = [], []
 
-    def train_step(self, batches, step, learning_rate, stop):
+    def train_step(self, batches, step, learning_rate, stop, before_update):
+        before_update()
         self.steps.append((step, batches))
         self.rates.append(learning_rate)
         return Result(loss=10.0 - step, stop=stop)
@@ -46,10 +47,13 @@ class CountingBatches:
 
 class Recorder:
     def __init__(self, stop_at=None):
-        self.records, self.saved, self.stop_at = [], [], stop_at
+        self.records, self.saved, self.stop_at, self.safe = [], [], stop_at, []
 
     def on_step(self, record):
         self.records.append(record)
+
+    def before_update(self):
+        self.safe.append(len(self.records))
 
     def stop_requested(self):
         return self.stop_at is not None and len(self.records) + 1 >= self.stop_at
@@ -70,6 +74,7 @@ def test_the_loop_takes_every_step_once_and_commits_on_schedule():
     assert [step for step, _ in engine.steps] == list(range(1, 11))
     assert engine.rates == [step / 100 for step in range(1, 11)]
     assert recorder.saved == [(4, 400), (8, 800), (10, 1000)]
+    assert recorder.safe == list(range(10))
     assert (end.step, end.tokens, end.stopped) == (10, 1000, False)
     record = recorder.records[4].as_dict()
     assert (record["step"], record["tokens"], record["loss"], record["attempt"]) == (5, 500, 5.0, 3)
