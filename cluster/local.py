@@ -23,6 +23,7 @@ import psutil
 
 from cluster import processes, reaper
 from cluster.authentication import make_state_folder, make_token, state_folder, token_headers, token_path
+from cluster.network import free_ports
 from cluster.processes import Mark
 from configs.errors import ConfigError, TelarError, UnreachableError
 from configs.schema import ClusterSection
@@ -109,7 +110,7 @@ def _start(config: ClusterSection) -> LocalCluster:
     if len(str(temporary)) > LONGEST_TEMPORARY_FOLDER:
         temporary = Path(tempfile.mkdtemp(prefix="telar-ray-", dir="/tmp"))
     temporary.mkdir(mode=0o700, exist_ok=True)
-    agent_port, client_port = _free_ports(2)
+    agent_port, client_port = free_ports(2)
     mark_text = secrets.token_hex(8)
     command = [
         *(sys.executable, reaper.__file__),
@@ -205,17 +206,6 @@ def free_dashboard_port(first: int) -> int:
         f"cluster.dashboard_port: every port from {first} to {last} is in use on 127.0.0.1; set it to a lower or "
         "another free port, e.g. --set cluster.dashboard_port=8265"
     )
-
-
-def _free_ports(count: int) -> list[int]:
-    probes = [socket.socket() for _ in range(count)]
-    try:
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [probe.getsockname()[1] for probe in probes]
-    finally:
-        for probe in probes:
-            probe.close()
 
 
 def _answers(url: str, sign: bytes = b"") -> bool:

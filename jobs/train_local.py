@@ -11,7 +11,6 @@ import multiprocessing
 import os
 import queue
 import signal
-import socket
 import sys
 import threading
 import time
@@ -22,6 +21,7 @@ from typing import Any
 import torch
 
 from cluster import commit
+from cluster.network import free_ports
 from cluster.storage import Storage
 from configs.errors import ConfigError, TelarError
 from configs.load import load_config, to_yaml
@@ -110,9 +110,7 @@ def train_locally(config: RunConfig, storage: Storage, run: str) -> int:
     attempt, world_size = ledger.begin_attempt(), config.parallelism.ranks
     context = multiprocessing.get_context("spawn")
     outbox = context.Queue()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    (port,) = free_ports(1)
     processes = []
     for rank in range(world_size):
         environment = {

@@ -11,13 +11,14 @@ import atexit
 import importlib
 import multiprocessing
 import os
-import socket
 import time
 import traceback
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
 import pytest
+
+from cluster.network import free_ports
 
 SIZE = 8
 CASE_TIMEOUT_SECONDS = 600
@@ -40,7 +41,7 @@ class GlooPool:
         """Results of `function(*arguments)` by rank; raises RankFailed with the first failing rank's traceback."""
         assert 1 <= world_size <= self._size, f"{world_size} ranks asked of a pool of {self._size}"
         self._start(world_size)
-        members, port = self._members[:world_size], _free_port()
+        members, (port,) = self._members[:world_size], free_ports(1)
         for rank, (_, pipe) in enumerate(members):
             variables = {
                 "RANK": str(rank),
@@ -126,12 +127,6 @@ def _member(pipe: Connection):
         except Exception:  # noqa: BLE001  (whatever a case raises belongs to the test process)
             value = (False, traceback.format_exc())
         pipe.send(value)
-
-
-def _free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 _POOL = GlooPool()
