@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import faulthandler
 import os
+import shutil
 import tempfile
 import threading
 from collections import deque
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import psutil
@@ -139,9 +141,18 @@ class TrainWorker:
         with self._lock:
             self._reporter, self._progress, self._attempt = None, Progress(), task.attempt
         opener, messages = shard_opener(servers), ControllerMessages(controller, vault)
+        if task.memory is None:
+            return run_rank(task, messages, opener, self._announce, self._progress)
         with tempfile.TemporaryDirectory(prefix="telar-memory-") as folder:
-            memory = fetch(task.memory, vault, folder) if task.memory is not None else None
-            return run_rank(task, messages, opener, self._announce, self._progress, memory)
+            restored = Path(folder, "snapshot")
+
+            def announce(reporter: RankReporter) -> None:
+                # The state is restored: a process that is killed while it trains leaves no copy of it on the disk.
+                shutil.rmtree(restored)
+                self._announce(reporter)
+
+            memory = fetch(task.memory, vault, str(restored))
+            return run_rank(task, messages, opener, announce, self._progress, memory)
 
     def _announce(self, reporter: RankReporter) -> None:
         with self._lock:
