@@ -17,12 +17,14 @@ METRICS = {
     "first_preferred": "choices",
     "bbq": "choices",
     "faithfulness": "explain",
+    "plausibility": "explain",
     "bits_per_byte": "loglikelihood",
     "exact_match": "generate",
     "squad": "generate",
     "rouge_l": "generate",
     "bleu": "generate",
     "diversity": "generate",
+    "unsupported": "generate",
     "pass_at_k": "generate",
 }
 # Metrics that run what the model wrote.
@@ -51,7 +53,7 @@ class TaskSection(Section):
     """
 
     name: str = Field(description="name of the cell in results and tables")
-    kind: Literal["text", "jsonl", "json", "csv", "tsv", "parquet", "arrow", "parallel", "hf"] = Field(
+    kind: Literal["text", "jsonl", "json", "csv", "tsv", "parquet", "arrow", "parallel", "hf", "babi"] = Field(
         description="how files are read, as for a corpus"
     )
     path: str = Field(
@@ -78,6 +80,14 @@ class TaskSection(Section):
     target: str = Field("", description="template of the text that is scored, or that an output is compared with")
     choices: str | tuple[str, ...] = Field((), description="candidates: templates, or one of a JSON list")
     answer: str = Field("", description="choices: template of the right candidate, see above")
+    rationale: str = Field(
+        "",
+        description="plausibility: template of the passages of the source that people name as the reason, one a line",
+    )
+    faithful: str = Field(
+        "", description="unsupported: template of a text that its source supports, to judge the detector by"
+    )
+    unfaithful: str = Field("", description="unsupported: template of a text that it does not; both or none")
     normalise: Literal["sum", "byte", "token"] = Field(
         "sum", description="choices: compare log-likelihoods as they are, per UTF-8 byte or per token of the candidate"
     )
@@ -129,7 +139,8 @@ class TaskSection(Section):
     def _templates_are_templates(self) -> TaskSection:
         listed = [self.choices] if isinstance(self.choices, str) else list(self.choices)
         named = [
-            (field, getattr(self, field)) for field in ("source", "target", "answer", "group", "pair_by", "program")
+            (field, getattr(self, field))
+            for field in ("source", "target", "answer", "group", "pair_by", "program", "rationale")
         ]
         for field, text in [*named, *((f"choices.{i}", template) for i, template in enumerate(listed))]:
             try:
@@ -167,6 +178,13 @@ class TaskSection(Section):
             raise ValueError(f"target: metric: {self.metric} needs the text that it judges or compares with; give one")
         if self.choices and self.target:
             raise ValueError("target: the candidates are the targets; remove it")
+        if bool(self.rationale) != (self.metric == "plausibility"):
+            raise ValueError("rationale: metric: plausibility needs it, and only it; give or remove it")
+        labelled = bool(self.faithful), bool(self.unfaithful)
+        if any(labelled) and (self.metric != "unsupported" or not all(labelled)):
+            raise ValueError(
+                "faithful, unfaithful: they judge the detector of metric: unsupported; give both with it, or none"
+            )
         if self.metric == "true_mass" and self.normalise != "sum":
             raise ValueError(
                 f"normalise: scores per {self.normalise} are no log-probabilities, of which metric: true_mass sums; "

@@ -26,6 +26,7 @@ from jobs.codebook import load_codebook
 from jobs.drawing import draw_pictures
 from jobs.evaluator import Evaluator
 from jobs.loading import load_trained
+from jobs.looking import looked
 from jobs.references import references
 from jobs.tasks.base import Attempts, Choices, Draw, Explain, Generate, LogLikelihood, Request
 from jobs.tasks.choosing import probabilities
@@ -223,7 +224,12 @@ class ModelAnswers:
         batch = self._batch(candidates(source))
         place = slice(start, start + len(source))
         attribution, gap = integrated_gradients(self._model, batch, place, self._tokenizer.pad_id, chosen)
+        only = self._batch([(source if len(source) else nothing, labels[chosen])])
+        # Of a decoder's target side the source is a part.
+        written = only.inputs[3][0].tolist()
         return {
+            "written": [] if self._classes is not None else [self._tokenizer.decode([token]) for token in written],
+            **looked(self._model, only.inputs, place, only.loss_weight[0] > 0),
             "chosen": chosen,
             "pieces": [self._tokenizer.decode([token]) for token in source],
             "attribution": attribution.tolist(),

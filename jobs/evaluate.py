@@ -21,6 +21,7 @@ from data.held_out import read_records
 from data.manifest import Manifest
 from jobs.answers import EvaluatorTask, load_evaluator
 from jobs.drops import add_drops, check_comparisons
+from jobs.explanations import explanations
 from jobs.fan_out import RayRunner, Runner
 from jobs.loading import choose_checkpoints
 from jobs.machine import hardware, versions
@@ -136,6 +137,7 @@ def evaluate(
         "failed": failed,
         "energy": energy_results(cells),
         "samples": samples(cells, config.evaluate.samples),
+        "explanations": explanations(cells),
         "records": records,
         "slices": len(slices),
         "slices_reused": len(slices) - len(todo),

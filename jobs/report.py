@@ -9,6 +9,7 @@ from typing import Any
 
 from cluster.storage import Storage
 from jobs.compression_table import HEAD, table_rows, task_head, task_rows
+from jobs.report_attention import explanation_card
 from jobs.report_data import RunFiles, course, read_run, smoothed
 from jobs.report_plots import Mark, Series, line_chart, short
 from jobs.report_style import STYLE
@@ -34,6 +35,7 @@ def page(files: RunFiles) -> str:
         "" if files.compression and not steps else _curves(steps, restarts),
         _evaluation(files.results),
         _samples(files.results),
+        _explanations(files.results),
         _checkpoints(files.checkpoints),
         _events(files.events),
         _machine(files),
@@ -254,6 +256,19 @@ def _samples(results: dict[str, Any] | None) -> str:
     decoding = escape(results["settings"]["decoding"])
     title = f"<h2>Samples <small>{len(samples)} held-out records, outputs by {decoding}</small></h2>"
     return title + sample_cards(samples)
+
+
+def _explanations(results: dict[str, Any] | None) -> str:
+    found = (results or {}).get("explanations", [])
+    if not found:
+        return ""
+    note = (
+        '<p class="soft">Of a word, above: integrated gradients of the choice (green for it, red against it); below: '
+        "attention rollout. Maps have what looks in rows and what is looked at in columns; each row sums to 1, or to "
+        "less where the rest lies on the other stack. Heads are averaged.</p>"
+    )
+    title = f"<h2>What choices rest on <small>{len(found)} held-out records</small></h2>"
+    return title + note + "".join(map(explanation_card, found))
 
 
 def _checkpoints(checkpoints: Sequence[dict[str, Any]]) -> str:

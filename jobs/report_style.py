@@ -88,6 +88,13 @@ pre.end { display: flex; flex-direction: column-reverse; }
   align-items: start; }
 .two h3 { font-size: 14px; margin: 0 0 10px; } .two td:first-child { color: var(--soft); width: 38%; }
 .two td { overflow-wrap: anywhere; }
+.words { display: flex; flex-wrap: wrap; gap: 6px 1px; font-size: 13px; margin: 4px 0 14px; }
+.words span { white-space: pre; padding: 1px 2px; border-radius: 3px 3px 0 0; border-bottom: 4px solid transparent; }
+.maps { display: flex; flex-wrap: wrap; gap: 16px 26px; align-items: flex-start; }
+.maps figure { margin: 0; max-width: 100%; overflow-x: auto; } .maps figcaption { font-size: 12.5px;
+  color: var(--soft); margin-bottom: 4px; }
+.maps rect { fill: var(--accent); } .maps rect.frame { fill: none; stroke: var(--line); }
+.maps text { fill: var(--soft); font-size: 9px; }
 details { margin-top: 14px; } summary { cursor: pointer; font-size: 14px; color: var(--soft); }
 details:first-child { margin-top: 0; } details .scroll { margin-top: 12px; }
 details pre { max-height: none; margin-top: 10px; } summary:focus-visible { outline: 2px solid var(--accent); }

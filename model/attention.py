@@ -111,6 +111,11 @@ class MultiHeadAttention(nn.Module):
         """Attention of `x [batch, query, d_model]` over `memory [batch, key, d_model]`."""
         return self.attend(x, *self.keys_values(memory), mask)
 
+    def placed_pair(self, queries: Tensor, keys: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
+        """What is compared, `[batch, heads, sequence, width]`, of the outputs of projections `query` and `key`."""
+        queries, keys = (self._placed(self.split(each), positions) for each in (queries, keys))
+        return queries, self._shared(keys, keys)[0]
+
     def _queries(self, x: Tensor, positions: Tensor | None) -> Tensor:
         return self._placed(self.split(self.query(x)), positions)
 
@@ -131,13 +136,14 @@ class MultiHeadAttention(nn.Module):
         return keys.repeat_interleave(times, 1), values.repeat_interleave(times, 1)
 
     def _dropped(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, key: Tensor) -> Tensor:
-        return self.dropout(_weights(queries, keys, mask), key) @ values
+        return self.dropout(softmax_weights(queries, keys, mask), key) @ values
 
     def _joined(self, mixed: Tensor) -> Tensor:
         return self.output(mixed.transpose(1, 2).flatten(2))
 
 
-def _weights(queries: Tensor, keys: Tensor, mask: Tensor | None) -> Tensor:
+def softmax_weights(queries: Tensor, keys: Tensor, mask: Tensor | None) -> Tensor:
+    """`[batch, heads, query, key]`: equation 1's probabilities, zeros for a query that may look nowhere."""
     scores = queries @ keys.transpose(-1, -2) * queries.shape[-1] ** -0.5
     if mask is None:
         return scores.softmax(-1)
@@ -148,4 +154,4 @@ def _weights(queries: Tensor, keys: Tensor, mask: Tensor | None) -> Tensor:
 def attention_weights(attention: MultiHeadAttention, x: Tensor, memory: Tensor, mask: Tensor | None) -> Tensor:
     """The probabilities `[batch, heads, query, key]` that softmax attention mixes values with, for looking at them."""
     keys, _ = attention._shared(*attention.keys_values(memory))
-    return _weights(attention.queries(x), keys, mask)
+    return softmax_weights(attention.queries(x), keys, mask)

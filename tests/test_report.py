@@ -77,6 +77,16 @@ def results():
         "reference": "</pre></main><b>bold</b>",
         "output": "<script>alert('x')</script>",
     }
+    explanation = {
+        "corpus": "reasons",
+        "record": "9",
+        "choice": "<yes>",
+        "pieces": ["a <b>", " c"],
+        "written": ["<bos>"],
+        "attribution": [0.5, -0.25],
+        "rollout": [0.75, 0.25],
+        "maps": {"encoder, rollout": [[0.6, 0.4], [0.0, 1.0]], "decoder to encoder, rollout": [[0.3, 0.2]]},
+    }
     return {
         "digest": "d",
         "step": 40,
@@ -85,6 +95,7 @@ def results():
         "cells": [cell],
         "failed": [],
         "samples": [sample],
+        "explanations": [explanation],
         "records": 64,
         "seconds": 12.0,
         "evaluators": 2,
@@ -231,6 +242,21 @@ def test_failed_cells_are_listed(run):
     page = html(run)
     assert "evaluation incomplete" in page and "likelihood: failed. 7 of 64 records failed" in page
     assert "4.321" not in page
+
+
+def test_explanations_are_drawn(run):
+    page = html(run)
+    card = page[page.index("What choices rest on") :]
+    assert "&lt;yes&gt;" in card and "a &lt;b&gt;" in card
+    assert 'title="attribution -0.2500, rollout 0.2500"' in card
+    figures = re.findall(r"<figure><figcaption>(.*?) \(full colour (.*?)\)</figcaption>(.*?)</figure>", card)
+    assert [(title, strongest) for title, strongest, _ in figures] == [
+        ("encoder, rollout", "1.00"),
+        ("decoder to encoder, rollout", "0.30"),
+    ]
+    assert re.findall(r'opacity="(.*?)"', figures[0][2]) == ["0.60", "0.40", "1.00"], "what is 0 is not drawn"
+    assert re.findall(r"<title>(.*?)</title>", figures[1][2]) == ["0.300", "0.200"]
+    assert "&lt;bos&gt;" in figures[1][2]
 
 
 def test_a_run_that_has_only_a_configuration(tmp_path):

@@ -157,6 +157,7 @@ def with_tasks(trained, folder, **changes):
         {**common, "name": "bits", "request": "loglikelihood", "target": "{text}", "metric": "bits_per_byte"},
         {**common, **written, "name": "written", "max_new_tokens": 3},
         {**choice, "name": "explained", "request": "explain", "metric": "faithfulness", "limit": 4},
+        {**choice, "name": "reasons", "request": "explain", "metric": "plausibility", "rationale": "{n}", "limit": 4},
     ]
     tree = json.loads(trained.config.model_dump_json())
     tree["evaluate"]["definitions"] = definitions
@@ -203,7 +204,22 @@ def test_tasks_as_data_are_further_cells(trained, tmp_path):
         answer = row.answers[0]
         assert "".join(answer["pieces"]) == f"sentiment: review {row.index}"
         assert len(answer["attribution"]) == len(answer["pieces"]) and 0.5 <= answer["probability"] <= 1.0
+        assert len(answer["rollout"]) == len(answer["pieces"]) and sum(answer["rollout"]) == pytest.approx(1.0)
+    reasons = {m["name"]: m for m in cells["reasons", "plausibility"]["metrics"]}
+    assert list(reasons) == ["gradients_precision", "gradients_mass", "rollout_precision", "rollout_mass"]
+    chance = reasons["rollout_mass"]["baselines"][0]
+    assert chance["name"] == "random order" and 0.0 < chance["value"] < 0.5
+    shown = [each for each in results["explanations"] if each["corpus"] == "reasons"]
+    assert len(shown) == 2 and all(each["choice"] in ("negative", "positive") and each["maps"] for each in shown)
     assert stage.is_done(config, trained.storage, RUN, trained.manifest, STEP)
+
+
+def test_a_reason_that_does_not_stand_in_the_source_is_a_problem_of_its_task(trained, tmp_path):
+    changes = {"name": "strange", "request": "explain", "metric": "plausibility", "rationale": "nowhere {n}"}
+    config = with_tasks(trained, tmp_path, **changes, answer="", group="", gap=None)
+    cells = {cell.corpus: cell for cell in stage.plan(config, trained.storage, trained.manifest, "")}
+    (problem,) = cells["strange"].problems
+    assert problem.startswith("task strange: rationale: row ") and problem.count("does not stand in the source")
 
 
 def test_two_definitions_never_share_a_row(trained, tmp_path):
@@ -236,7 +252,7 @@ def test_done_means_the_same_files(trained, tmp_path):
 def test_a_task_whose_rows_are_gone_is_a_missing_cell(trained, tmp_path):
     config = with_tasks(trained, tmp_path)
     (tmp_path / "rows.jsonl").unlink()
-    with pytest.raises(stage.EvaluationError, match="5 of 11 cells have no result") as caught:
+    with pytest.raises(stage.EvaluationError, match="6 of 12 cells have no result") as caught:
         evaluated(trained, config)
     assert "accuracy of labelled" in str(caught.value) and "does not exist" in str(caught.value)
     kept = json.loads(trained.storage.read_text(f"{RUN}/evaluation/incomplete.json"))

@@ -77,7 +77,9 @@ class Explain:
     """Ask which tokens of the source the likeliest of several candidates rests on.
 
     Answer: {"chosen": number of the candidate, "pieces": texts of the source's tokens, "attribution": one number each,
-    "gap": what their sum misses, and the figures of `jobs.attributions.faithfulness`}.
+    "gap": what their sum misses, "rollout": share of each token by attention rollout, "written": texts of the tokens
+    that the decoder reads, "maps": heat maps by name as lists of rows, none where the tokens are more than
+    `jobs.looking.MAP_TOKENS`, and the figures of `jobs.attributions.faithfulness`}.
     """
 
     source: str

@@ -27,7 +27,7 @@ from jobs.tasks.base import (
     metric_of,
 )
 from jobs.tasks.choosing import scores
-from jobs.tasks.metrics import MEASURES, Answered, further_metrics, right_candidates, stopped
+from jobs.tasks.metrics import MEASURES, Answered, further_metrics, passages_of, right_candidates, stopped
 from jobs.tasks.rows import digest_of_definition, rendered, where
 
 # To be raised when requests or metrics of the same definition change their meaning.
@@ -72,6 +72,8 @@ class DataTask:
         examples = [Example(record, (self._request(record),)) for record in records]
         if task.answer:
             examples = [self._with_target(example) for example in examples]
+        for example in examples if task.rationale else ():
+            passages_of(task, example)
         groups = set(self.keys("group", examples)) if task.group else set()
         if task.gap is not None and not groups.issuperset(task.gap):
             raise DataError(f"{where(task, 'gap')}: rows have the groups {', '.join(sorted(groups))}, not {task.gap}")
@@ -220,7 +222,8 @@ def paired(
 
 
 def _headline(metric: str) -> str | None:
-    if metric not in MEASURES:
+    # Their figures may be absent: nothing that counts was written, or was left of the source.
+    if metric not in MEASURES or metric in ("plausibility", "unsupported"):
         return None
     return {
         "bbq": "accuracy",

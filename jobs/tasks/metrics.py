@@ -14,6 +14,7 @@ from jobs.tasks.base import Example, Measure, Metric, Row, TrainingFacts, statis
 from jobs.tasks.bias import bias_metrics, first_preferred
 from jobs.tasks.choosing import probabilities, scores, wins
 from jobs.tasks.likelihood import bits_measure, likelihood_metrics
+from jobs.tasks.plausibility import plausible_measures
 from jobs.tasks.programs import code_measures
 from jobs.tasks.question import answer_measures
 from jobs.tasks.rows import rendered, where
@@ -21,6 +22,7 @@ from jobs.tasks.sentiment import label_metrics
 from jobs.tasks.summary import rouge_l
 from jobs.tasks.text_generation import diversity_metrics
 from jobs.tasks.translation import FIGURES
+from jobs.tasks.unsupported import calibration_measure, unsupported_measures
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,17 @@ class Answered:
     def sources(self) -> list[str]:
         """What was read, as a baseline that copies it writes it."""
         return [example.record.source for example in self.examples]
+
+
+def passages_of(task: TaskSection, example: Example) -> list[str]:
+    """What people name as the reason; raises DataError where that is nothing, or no part of the source."""
+    record = example.record
+    passages = rendered(task, "rationale", task.rationale, record.fields, record.index).splitlines()
+    strange = [passage for passage in passages if passage not in record.source]
+    if strange or not passages:
+        what = f"{strange[0][:100]!r} does not stand in the source" if strange else "no passage is named"
+        raise DataError(f"{where(task, 'rationale')}: row {record.index}: {what}; mend the row or the template")
+    return passages
 
 
 def stopped(text: str, stops: Sequence[str]) -> str:
@@ -160,6 +173,25 @@ def faithful(answered: Answered) -> list[Measure]:
     ]
 
 
+def plausible(answered: Answered) -> list[Measure]:
+    """How far attributions and attention rollout fall on the passages that people name."""
+    passages = [passages_of(answered.task, example) for example in answered.examples]
+    return plausible_measures([row.answers[0] for row in answered.rows], passages)
+
+
+def unsupported(answered: Answered) -> list[Measure]:
+    """Names and numbers that were written and that the source lacks, and how good their detector is."""
+    task = answered.task
+    found = unsupported_measures(answered.sources, answered.outputs, answered.references if task.target else None)
+    if task.faithful:
+        faithful_texts, unfaithful_texts = (
+            [rendered(task, field, template, e.record.fields, e.record.index) for e in answered.examples]
+            for field, template in (("faithful", task.faithful), ("unfaithful", task.unfaithful))
+        )
+        found.append(calibration_measure(answered.sources, faithful_texts, unfaithful_texts))
+    return found
+
+
 def code(answered: Answered) -> list[Measure]:
     """pass@k and the share that parses; runs programs, which `evaluate.allow_code_execution` allowed at the start."""
     texts = [
@@ -175,10 +207,12 @@ MEASURES: dict[str, Callable[[Answered], list[Measure]]] = {
     "true_mass": true_mass,
     "first_preferred": preferred,
     "faithfulness": faithful,
+    "plausibility": plausible,
     "exact_match": written_match,
     "squad": squad,
     "rouge_l": rouge,
     "bits_per_byte": bits,
+    "unsupported": unsupported,
     "pass_at_k": code,
 }
 
