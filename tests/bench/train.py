@@ -2,9 +2,9 @@
 
 One rank on one thread trains one decoder of GPT-2's shape, in turns: by `telar submit` on an embedded Ray cluster
 (streamed data, controller, metrics, checkpoints on), by `python -m jobs.train_local` (the same without Ray; `--no-ray`
-leaves the first out), by a bare PyTorch loop over the same model and the same samples in memory, by a loop in the way of
-nanoGPT and by transformers' Trainer (in an environment of its own) with models of the same shape. A step's seconds are
-wall time from the end of step WARM to that of the last step, by their number; checkpoints lie in between.
+leaves the first out), by a bare PyTorch loop over the same model and the same samples in memory, by a loop in nanoGPT's
+way and by transformers' Trainer (in an environment of its own) with models of the same shape. A step's seconds are wall
+time from the end of step WARM to that of the last step, by their number; checkpoints lie in between.
 """
 
 from __future__ import annotations

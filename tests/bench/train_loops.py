@@ -1,9 +1,9 @@
 """Training loops without Telar on the samples of a run of it: `python -m tests.bench.train_loops WAY FOLDER`.
 
-Reads FOLDER/shape.json and FOLDER/samples.npz, trains one step for each of its entries and prints one JSON: seconds of a
-step from the end of step `warm` on, parameters, the losses. `loop` trains Telar's model with nothing around it, `nanogpt`
-a GPT written down as in nanoGPT (Karpathy 2022), `hf` GPT2LMHeadModel under transformers' Trainer; the last two need
-torch, numpy and (hf) transformers with accelerate alone.
+Reads FOLDER/shape.json and FOLDER/samples.npz, trains one step for each of its entries and prints one JSON: seconds of
+a step from the end of step `warm` on, parameters, the losses. `loop` trains Telar's model with nothing around it,
+`nanogpt` a GPT written down as in nanoGPT (Karpathy 2022), `hf` GPT2LMHeadModel under transformers' Trainer; the last
+two need torch, numpy and (hf) transformers with accelerate alone.
 """
 
 from __future__ import annotations
