@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[2]
 WARM, LIMIT_SECONDS = 10, 1800
 WAYS = ("telar", "telar, no Ray", "loop", "nanogpt", "hf")
 # Width, layers, rows; on one core of an EPYC some 100 and some 500 ms. Rows of TOKENS tokens are full.
-SIZES = {"small": (128, 4, 4), "large": (256, 6, 8)}
+SIZES = {"small": (128, 4, 8), "large": (256, 6, 8)}
 TOKENS, VOCABULARY, HEAD_WIDTH = 128, 2048, 64
 
 
