@@ -5,7 +5,7 @@ export PYTHONDONTWRITEBYTECODE ?= 1
 BIN := .venv/bin
 SMOKE_RUN ?=
 
-.PHONY: smoke test test-slow lint format audit lock clean
+.PHONY: smoke test test-slow bench soak lint format audit lock clean
 
 # Stale when the lock or the project file changes.
 .venv: requirements.lock pyproject.toml
@@ -27,6 +27,15 @@ test: .venv
 
 test-slow: .venv
 	$(BIN)/python -m pytest -m slow -n 2
+
+# All benchmarks at small sizes, one after the other (an hour or so); leaves runs/bench/summary.md and .json.
+bench: .venv
+	$(BIN)/python -m tests.bench.summary
+
+# One elastic run under random kills, then the same steps undisturbed.
+SOAK_MINUTES ?= 10
+soak: .venv
+	$(BIN)/python -m tests.bench.soak --minutes $(SOAK_MINUTES) --out runs/bench/soak.json
 
 lint: .venv
 	$(BIN)/ruff check .

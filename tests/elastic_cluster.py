@@ -60,7 +60,7 @@ class ElasticCluster:
         self.ray, self.storage = ray, Storage(str(folder / "runs"))
         (folder / "code").mkdir()
         write_corpus(folder / "code")
-        self._code = str(folder / "code")
+        self.code = str(folder / "code")
         self._cluster = Cluster(
             initialize_head=True,
             head_node_args={**NODE, "num_cpus": 0, "include_dashboard": False, "_system_config": HEALTH},
@@ -74,6 +74,11 @@ class ElasticCluster:
         """End everything."""
         self.ray.shutdown()
         self._cluster.shutdown()
+
+    @property
+    def address(self):
+        """Where other processes find the cluster."""
+        return self._cluster.address
 
     def add_node(self):
         """One more node, empty."""
@@ -120,7 +125,7 @@ class ElasticCluster:
 
     def submit(self, name, **sections):
         """Prepare if that was not done yet, and start the train stage; returns the run."""
-        write_run(self.storage, self._code, name, len(self.nodes), sections)
+        write_run(self.storage, self.code, name, len(self.nodes), sections)
         return Run(self, name)
 
 

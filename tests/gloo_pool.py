@@ -33,8 +33,8 @@ class RankFailed(AssertionError):
 class GlooPool:
     """At most `size` processes; one case at a time."""
 
-    def __init__(self, size=SIZE):
-        self._size = size
+    def __init__(self, size=SIZE, timeout_seconds=CASE_TIMEOUT_SECONDS):
+        self._size, self._timeout_seconds = size, timeout_seconds
         self._members = []
 
     def run(self, world_size, function, *arguments, environment=None):
@@ -54,12 +54,12 @@ class GlooPool:
             pipe.send((function.__module__, function.__qualname__, arguments, variables))
         crowded = False
         results, waiting = {}, {pipe: rank for rank, (_, pipe) in enumerate(members)}
-        deadline = time.monotonic() + CASE_TIMEOUT_SECONDS
+        deadline = time.monotonic() + self._timeout_seconds
         while waiting:
             ready = wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
             if not ready:
                 self.close()
-                raise RankFailed(f"ranks {sorted(waiting.values())} gave no result in {CASE_TIMEOUT_SECONDS} s")
+                raise RankFailed(f"ranks {sorted(waiting.values())} gave no result in {self._timeout_seconds} s")
             for pipe in ready:
                 rank = waiting.pop(pipe)
                 try:
