@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import shutil
-import socket
 import sys
 import tempfile
 import time
@@ -21,6 +20,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from cluster.network import free_ports
 from cluster.storage import Storage
 from configs.load import parse_config
 from configs.schema import RunConfig
@@ -137,7 +137,7 @@ class Rank:
                 started = time.perf_counter()
                 for number in range(1, plan.steps + 1):
                     done += 1
-                    result = engine.train_step([batch], done, 1e-4)
+                    result = engine.train_step([batch], done, 1e-4, before_update=reporter.before_update)
                     record = StepRecord(
                         step=done,
                         tokens=done,
@@ -223,9 +223,7 @@ def run(configs: Mapping[str, RunConfig], plan: argparse.Namespace) -> dict[str,
             for node in nodes
         ]
         assert ray.get([rank.node.remote() for rank in ranks]) == nodes
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        (port,) = free_ports(1)
         found = ray.get(
             [
                 rank.measure.remote(configs, number, port, attempt, books, vaults.by_node[nodes[number]], plan)
