@@ -99,6 +99,10 @@ class Decoding:
 
         `real` bool `[rows, n]` is False on padding, which must stand before a row's tokens.
         """
+        return self._model.head.logits(self.read(tokens, real)[:, -1])
+
+    def read(self, tokens: Tensor, real: Tensor) -> Tensor:
+        """As `feed`, but the states `[rows, n, d_model]` that `model.head.logits` makes the logits of each place of."""
         before = self._real.sum(1, keepdim=True)
         positions = (before + real.long().cumsum(1) - 1).clamp(min=0)
         self._positions = torch.cat((self._positions, positions), 1)
@@ -110,7 +114,7 @@ class Decoding:
         for end in self._end:
             hidden = end.norm(hidden)
         self.length += tokens.shape[1]
-        return self._model.head.logits(hidden[:, -1])
+        return hidden
 
     def _run(
         self,

@@ -36,6 +36,16 @@ LLAMA = {
     "bias": False,
     "scale_embeddings": False,
 }
+MARIAN = {
+    "architecture": "encoder_decoder",
+    "positions": "sinusoidal",
+    "norm": "layer",
+    "norm_placement": "post",
+    "feed_forward": "relu",
+    "bias": True,
+    "scale_embeddings": True,
+    "encoder_layers": 1,
+}
 TRAIN = {"steps": 6, "global_batch_sequences": 4, "micro_batch_sequences": 2}
 # What simple_evaluate of lm-eval 0.4.13 gave, without rows and settings.
 RECORDED = {
@@ -126,9 +136,7 @@ def test_models_that_are_not_exported_are_refused_by_field(model, field):
 
 def test_models_that_are_exported_pass():
     harness.check_exportable(config_of())
-    model = {"architecture": "encoder_decoder", "positions": "sinusoidal", "norm": "layer", "norm_placement": "post"}
-    model |= {"feed_forward": "relu", "bias": True, "scale_embeddings": True, "encoder_layers": 1}
-    harness.check_exportable(config_of(model=model))
+    harness.check_exportable(config_of(model=MARIAN))
 
 
 def test_results_digest_is_as_before_without_such_tasks_and_needs_the_extra_with_them(monkeypatch):
@@ -275,17 +283,7 @@ def likelihood(model, tokenizer, context, continuation):
 @pytest.mark.slow
 @pytest.mark.ray
 def test_tasks_run_on_the_cluster_and_one_that_fails_is_a_missing_cell(tmp_path, embedded_ray):
-    marian = {
-        "architecture": "encoder_decoder",
-        "positions": "sinusoidal",
-        "norm": "layer",
-        "norm_placement": "post",
-        "feed_forward": "relu",
-        "bias": True,
-        "scale_embeddings": True,
-        "encoder_layers": 1,
-    }
-    config, storage, _, _ = committed_run(tmp_path, marian)
+    config, storage, _, _ = committed_run(tmp_path, MARIAN)
     rows_of(tmp_path)
     written = {"until": ["."], "max_gen_toks": 4, "do_sample": False}
     metrics = [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}]
