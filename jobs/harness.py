@@ -173,6 +173,8 @@ def on_ray(work: Answer, arguments: Sequence[tuple], should_stop: Callable[[], b
 
     Raises RunStopped when `should_stop` says so.
     """
+    # Else Ray would look for some cluster of this machine, which may be another user's.
+    assert ray.is_initialized(), "the caller is connected to the run's own cluster"
     environment = {"env_vars": {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}}
     remote = ray.remote(num_cpus=1, max_retries=2, runtime_env=environment)(work)
     running = {remote.remote(*each): number for number, each in enumerate(arguments)}

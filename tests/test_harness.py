@@ -2,8 +2,12 @@
 
 import importlib.util
 import json
+import tempfile
+from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -16,10 +20,15 @@ from configs.load import parse_config, to_yaml
 from data.prepare import prepare
 from data.runners import serial
 from data.tokenizer import read_tokenizer
+from jobs import evaluate as stage
 from jobs import harness, harness_tasks
+from jobs.answers import EvaluatorTask, load_evaluator
 from jobs.commands.task_listing import evaluate_overrides
+from jobs.fan_out import SerialRunner
 from jobs.harness_results import cells_of, missing_cell, rows_digest
+from jobs.ngrams import count
 from jobs.results import inputs_digest, table_lines
+from jobs.tasks.base import TrainingFacts
 from jobs.verbs.running import evaluate
 from model.checkpoint import write_snapshot
 from model.fragments import WEIGHT, Fragment
@@ -46,6 +55,7 @@ MARIAN = {
     "scale_embeddings": True,
     "encoder_layers": 1,
 }
+FACTS = TrainingFacts(count([np.array([5, 6])], 320, 1))
 TRAIN = {"steps": 6, "global_batch_sequences": 4, "micro_batch_sequences": 2}
 # What simple_evaluate of lm-eval 0.4.13 gave, without rows and settings.
 RECORDED = {
@@ -167,6 +177,13 @@ def test_a_task_is_found_by_file_or_by_the_line_that_declares_it(tmp_path, monke
         harness_tasks.task_file(str(tmp_path / "own.yaml"))
 
 
+def test_no_cluster_is_looked_for(monkeypatch):
+    monkeypatch.setattr(harness.ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(harness.ray, "remote", None)
+    with pytest.raises(AssertionError, match="own cluster"):
+        harness.on_ray(lambda: None, [()], lambda: False)
+
+
 def test_two_checkpoints_or_files_never_share_answers(tmp_path, monkeypatch):
     monkeypatch.setattr(harness_tasks, "check_installed", lambda where: None)
     monkeypatch.setattr(harness_tasks.importlib.metadata, "version", lambda name: "0.4.13")
@@ -223,7 +240,7 @@ def committed_run(folder, model):
     belongs = {"data_digest": manifest.digest, "tokenizer_digest": manifest.tokenizer_digest}
     commit.commit(checkpoints, 6, 1, [write_snapshot(checkpoints, 6, 1, 0, pieces)], 1, belongs)
     storage.write_text("run/config.yaml", to_yaml(config))
-    return config, storage, read_tokenizer(storage, manifest), built
+    return config, storage, read_tokenizer(storage, manifest), built, manifest
 
 
 def here(work, arguments, should_stop):
@@ -239,7 +256,7 @@ def with_tasks(config, *entries):
 @needs_harness
 @pytest.mark.slow
 def test_a_decoder_is_judged_by_the_harness_with_the_models_own_likelihoods(tmp_path):
-    config, storage, tokenizer, model = committed_run(tmp_path, LLAMA)
+    config, storage, tokenizer, model, _ = committed_run(tmp_path, LLAMA)
     rows = rows_of(tmp_path)
     choosing = {"output_type": "multiple_choice", "doc_to_target": "right", "doc_to_choice": "{{choices}}"}
     metrics = [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}]
@@ -279,11 +296,31 @@ def likelihood(model, tokenizer, context, continuation):
     return sum(float(scores[first + i, token]) for i, token in enumerate(continuation))
 
 
+@pytest.fixture
+def own_cluster():
+    """A cluster of this process alone: an address that is left out may mean the cluster of somebody else."""
+    import ray
+
+    # A short path: Ray's sockets lie below it.
+    with tempfile.TemporaryDirectory(prefix="telar-test-", dir="/tmp") as folder:
+        ray.init(
+            address="local",
+            num_cpus=2,
+            include_dashboard=False,
+            object_store_memory=80 * 2**20,
+            namespace="telar",
+            log_to_driver=False,
+            _temp_dir=folder,
+        )
+        yield
+        ray.shutdown()
+
+
 @needs_harness
 @pytest.mark.slow
 @pytest.mark.ray
-def test_tasks_run_on_the_cluster_and_one_that_fails_is_a_missing_cell(tmp_path, embedded_ray):
-    config, storage, _, _ = committed_run(tmp_path, MARIAN)
+def test_tasks_run_on_the_cluster_and_one_that_fails_is_a_missing_cell(tmp_path, own_cluster):
+    config, storage, _, _, manifest = committed_run(tmp_path, MARIAN)
     rows_of(tmp_path)
     written = {"until": ["."], "max_gen_toks": 4, "do_sample": False}
     metrics = [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}]
@@ -295,3 +332,14 @@ def test_tasks_run_on_the_cluster_and_one_that_fails_is_a_missing_cell(tmp_path,
     cells, facts = harness.harness_results(config, storage, "run", 6, "digest", lambda: False)
     assert [(cell["status"], cell["records"]) for cell in cells] == [("ok", 7), ("missing", 0)]
     assert "rows.jsonl" in cells[1]["detail"] and len(facts) == 1 and facts[0]["exported_as"] == "MarianMTModel"
+
+    # The evaluate stage adds such cells to its own and is done; what is missing would fail it.
+    config = with_tasks(config, good)
+    serial_runner = SerialRunner(partial(load_evaluator, EvaluatorTask(config, storage.url, "run", 6)))
+    arguments = (config, storage, "run", manifest, 6)
+    results = stage.evaluate(*arguments, lambda line: None, lambda: False, serial_runner, lambda: FACTS)
+    assert [cell["corpus"] for cell in results["cells"] if cell["task"] == "lm-eval"] == ["writing"]
+    assert results["lm_eval"][0]["exported_as"] == "MarianMTModel" and not results["failed"]
+    assert stage.is_done(*arguments)
+    Path(good).write_text(Path(good).read_text() + "num_fewshot: 0\n")
+    assert not stage.is_done(*arguments)
