@@ -251,6 +251,11 @@ class EvaluateSection(Section):
         description="run programs that the model writes (metric pass_at_k), in processes with limits and, where that "
         "can be, without network; tasks: all has those tasks only then",
     )
+    lm_eval: tuple[str, ...] = Field(
+        (),
+        description="tasks of lm-evaluation-harness, by name or YAML file, on the exported model; needs the extra "
+        "telar[lm-eval]",
+    )
 
     @model_validator(mode="after")
     def _task_names_differ(self) -> EvaluateSection:

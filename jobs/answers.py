@@ -32,11 +32,15 @@ from jobs.tasks.base import Attempts, Choices, Draw, Explain, Generate, LogLikel
 from jobs.tasks.choosing import probabilities
 from model.batch import ModelBatch
 from model.beam import beam_search
+from model.candidates import candidate_scores
 from model.generation import Sampling, generate, greedy
 from model.images import ImageTokenizer
 from model.transformer import Transformer, token_scores
 
 ROWS_AT_ONCE = 16
+# Sources that are read together by candidates, and from how many tokens on a source is read once for all of them.
+SOURCES_AT_ONCE = 8
+SHARED_TOKENS = 8
 # A held-out target is scored in pieces, cut as in training; what lies beyond the first pieces is not scored.
 MOST_PIECES = 8
 
@@ -238,9 +242,23 @@ class ModelAnswers:
         }
 
     def _score_pairs(self, pairs: Sequence[Pair]) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Nats and most probable token at each label of each pair; one pair per row, rows of like length together."""
-        results: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-        order = sorted(range(len(pairs)), key=lambda i: (len(pairs[i][1]), len(pairs[i][0]), i))
+        """Nats and most probable token at each label of each pair; rows of like length together.
+
+        Pairs of one long source share what is computed of it; each other pair is a row by itself.
+        """
+        groups: dict[bytes, list[int]] = {}
+        for i, (source, _) in enumerate(pairs):
+            groups.setdefault(source.tobytes(), []).append(i)
+        shared, others = [], []
+        for group in groups.values():
+            long = len(group) > 1 and len(pairs[group[0]][0]) >= SHARED_TOKENS
+            (shared if long and self._classes is None else others).append(group)
+        results = self._score_shared(pairs, shared)
+        # A row of layout sequence is as long as both together.
+        order = sorted(
+            (i for group in others for i in group),
+            key=lambda i: (len(pairs[i][1]) + len(pairs[i][0]) * self._sequence, len(pairs[i][0]), i),
+        )
         for start in range(0, len(order), ROWS_AT_ONCE):
             rows = order[start : start + ROWS_AT_ONCE]
             nll, best = token_scores(self._model, self._batch([pairs[i] for i in rows]))
@@ -250,6 +268,22 @@ class ModelAnswers:
                 kept = slice(first, first + len(pairs[i][1]))
                 results[i] = (nll[row, kept].double().numpy(), best[row, kept].numpy())
         return [results[i] for i in range(len(pairs))]
+
+    def _score_shared(
+        self, pairs: Sequence[Pair], groups: Sequence[list[int]]
+    ) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+        """Scores by number of pair; pairs of a group have the same source."""
+        results: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        order = sorted(groups, key=lambda group: (len(pairs[group[0]][0]), group[0]))
+        for start in range(0, len(order), SOURCES_AT_ONCE):
+            part = order[start : start + SOURCES_AT_ONCE]
+            sources = [pairs[group[0]][0].tolist() for group in part]
+            labels = [[pairs[i][1].tolist() for i in group] for group in part]
+            scored = candidate_scores(self._model, sources, labels, self._tokenizer.bos_id)
+            for group, found in zip(part, scored, strict=True):
+                for i, (nll, best) in zip(group, found, strict=True):
+                    results[i] = (nll.double().numpy(), best.numpy())
+        return results
 
     def _batch(self, pairs: Sequence[Pair]) -> ModelBatch:
         tokenizer, data = self._tokenizer, self._data

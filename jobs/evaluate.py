@@ -23,6 +23,7 @@ from jobs.answers import EvaluatorTask, load_evaluator
 from jobs.drops import add_drops, check_comparisons
 from jobs.explanations import explanations
 from jobs.fan_out import RayRunner, Runner
+from jobs.harness import harness_results
 from jobs.loading import choose_checkpoints
 from jobs.machine import hardware, versions
 from jobs.results import Cell, cell_result, energy_results, inputs_digest, overall_result, samples, table_lines
@@ -123,6 +124,8 @@ def evaluate(
     found = [cell_result(cell, known, config) for cell in cells]
     add_drops(cells, found, config)
     overall = overall_result(cells, found, known, config)
+    by_harness, harness = harness_results(config, storage, run, step, digest_of(committed), should_stop)
+    found += by_harness
     for line in table_lines([*([overall] if overall else []), *found]):
         report(line)
     failed = [f"{c['task']} of {c['corpus']}: {c['detail']}" for c in found if c["status"] in ("missing", "failed")]
@@ -138,6 +141,7 @@ def evaluate(
         "energy": energy_results(cells),
         "samples": samples(cells, config.evaluate.samples),
         "explanations": explanations(cells),
+        "lm_eval": harness,
         "records": records,
         "slices": len(slices),
         "slices_reused": len(slices) - len(todo),
@@ -158,7 +162,7 @@ def evaluate(
     if failed:
         folder.write_text(INCOMPLETE, text)
         raise EvaluationError(
-            f"evaluation of step {step}: {len(failed)} of {len(cells)} cells have no result "
+            f"evaluation of step {step}: {len(failed)} of {len(found)} cells have no result "
             f"({folder.url}/{INCOMPLETE} lists them)\n  " + "\n  ".join(failed)
         )
     folder.write_text(RESULTS, text)

@@ -12,6 +12,7 @@ import numpy as np
 
 from configs.schema import RunConfig
 from jobs.energy import JOULES_PER_KWH, Energy
+from jobs.harness_tasks import key_of
 from jobs.slices import Slice
 from jobs.tasks.base import Example, Metric, Row, Task, TrainingFacts
 from jobs.tasks.from_data import DataTask
@@ -59,6 +60,11 @@ def inputs_digest(config: RunConfig, checkpoint_digest: str, data_digest: str) -
     """
     evaluate = config.evaluate.model_dump(mode="json", exclude={"workers"})
     files = {task.name: data_version(task) for task in config.evaluate.definitions}
+    if evaluate["lm_eval"]:
+        files |= {f"lm_eval:{entry}": key_of(entry, checkpoint_digest) for entry in config.evaluate.lm_eval}
+    else:
+        # Results of before this setting stay valid.
+        del evaluate["lm_eval"]
     content = {
         "format": FORMAT_VERSION,
         "checkpoint": checkpoint_digest,

@@ -9,12 +9,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from model.attention import segment_mask
 from model.embedding import Bridge
 from model.layers import DecoderLayer, FinalNorm, SelfAttentionLayer
 from model.transformer import Transformer
+
+# Prompts that are read together differ by so much in length at most, but for those of few tokens.
+LIKE, SHORT = 0.8, 16
 
 KeysValues = tuple[Tensor, Tensor]
 
@@ -99,6 +103,10 @@ class Decoding:
 
         `real` bool `[rows, n]` is False on padding, which must stand before a row's tokens.
         """
+        return self._model.head.logits(self.read(tokens, real)[:, -1])
+
+    def read(self, tokens: Tensor, real: Tensor) -> Tensor:
+        """As `feed`, but the states `[rows, n, d_model]` that `model.head.logits` makes the logits of each place of."""
         before = self._real.sum(1, keepdim=True)
         positions = (before + real.long().cumsum(1) - 1).clamp(min=0)
         self._positions = torch.cat((self._positions, positions), 1)
@@ -110,7 +118,7 @@ class Decoding:
         for end in self._end:
             hidden = end.norm(hidden)
         self.length += tokens.shape[1]
-        return self._model.head.logits(hidden[:, -1])
+        return hidden
 
     def _run(
         self,
@@ -145,9 +153,49 @@ def padded(rows: Sequence[Sequence[int]], width: int, left: bool) -> tuple[Tenso
 
 def start(model: Transformer, sources: Sequence[Sequence[int]], bos_id: int) -> tuple[Decoding, Tensor]:
     """A decoding that has read `bos_id`, and behind it, without an encoder, the source; logits of the first output."""
-    decoding = Decoding(model, sources)
     alone = model.section.architecture == "decoder"
     prompts = [[bos_id, *source] if alone else [bos_id] for source in sources]
-    tokens, real = padded(prompts, max(map(len, prompts)), left=True)
     device = model.embedding.weight.device
-    return decoding, decoding.feed(tokens.to(device), real.to(device))
+    parts, logits, groups = [], [], of_like_length(list(map(len, prompts)))
+    for group in groups:
+        tokens, real = padded([prompts[row] for row in group], max(len(prompts[row]) for row in group), left=True)
+        parts.append(Decoding(model, [sources[row] for row in group]))
+        logits.append(parts[-1].feed(tokens.to(device), real.to(device)))
+    if len(parts) == 1:
+        return parts[0], logits[0]
+    decoding, order = joined(parts), torch.tensor([row for group in groups for row in group], device=device).argsort()
+    decoding.select(order)
+    return decoding, torch.cat(logits)[order]
+
+
+def of_like_length(lengths: Sequence[int]) -> list[list[int]]:
+    """Rows in groups, longest first, whose lengths differ by a fifth at most; short ones are one group.
+
+    Rows that are read together cost as much as the longest of them.
+    """
+    groups: list[list[int]] = []
+    for row in sorted(range(len(lengths)), key=lambda row: (-lengths[row], row)):
+        # The first of a group is its longest until all are known.
+        longest = lengths[groups[-1][0]] if groups else 0
+        if groups and (longest <= SHORT or lengths[row] >= LIKE * longest):
+            groups[-1].append(row)
+        else:
+            groups.append([row])
+    return [sorted(group) for group in groups]
+
+
+def joined(parts: Sequence[Decoding]) -> Decoding:
+    """Decodings of one model without encoder as one, rows in order; the first part becomes it."""
+    width, whole = max(part.length for part in parts), parts[0]
+    for part in parts:
+        missing = width - part.length
+        part._positions, part._real = (F.pad(each, (missing, 0)) for each in (part._positions, part._real))
+        for cache in part._caches:
+            cache.own = tuple(F.pad(each, (0, 0, missing, 0)) for each in cache.own)
+    whole._positions = torch.cat([part._positions for part in parts])
+    whole._real = torch.cat([part._real for part in parts])
+    for number, cache in enumerate(whole._caches):
+        both = zip(*(part._caches[number].own for part in parts), strict=True)
+        cache.own = tuple(torch.cat(each) for each in both)
+    whole.length = width
+    return whole

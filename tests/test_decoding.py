@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from configs.schema import AttentionSection
 from model.beam import beam_search, length_penalty
-from model.decoding import start
+from model.decoding import LIKE, SHORT, of_like_length, start
 from model.generation import Sampling, evaluating, generate, greedy, stream
 from tests.test_model_variants import DECODER, KINDS, LLAMA, randomised, section, target_inputs
 
@@ -40,6 +40,33 @@ def test_cached_logits_equal_the_whole_pass(architecture, kind):
     for row, prompt in enumerate(PROMPTS):
         expected = whole_pass(model, prompt, outputs[row].tolist())
         torch.testing.assert_close(found[row], expected, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.kind)
+@pytest.mark.parametrize("architecture", [DECODER, LLAMA], ids=["decoder", "llama"])
+def test_prompts_of_unlike_length_are_read_apart_and_go_on_together(architecture, kind):
+    model, random = randomised(section(**architecture, attention=kind)), torch.Generator().manual_seed(1)
+    prompts = [torch.randint(3, 20, (n,), generator=random).tolist() for n in (3, 40, 22, 0, 39, 21, 38)]
+    outputs, fed = torch.randint(3, 20, (len(prompts), 3), generator=random), []
+    hook = model.decoder_0.feed_forward.register_forward_hook(lambda _m, inputs, _o: fed.append(inputs[0].shape[:2]))
+    with torch.no_grad():
+        decoding, logits = start(model, prompts, BOS)
+        found = torch.stack([logits] + [decoding.advance(outputs[:, i]) for i in range(3)], 1)
+    hook.remove()
+    assert [tuple(shape) for shape in fed] == [(3, 41), (2, 23), (2, 4)] + [(7, 1)] * 3
+    for row, prompt in enumerate(prompts):
+        expected = whole_pass(model, prompt, outputs[row].tolist())
+        torch.testing.assert_close(found[row], expected, atol=2e-5, rtol=0)
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(1, 200), min_size=1, max_size=40))
+def test_groups_of_prompts_hold_every_row_once_and_little_padding(lengths):
+    groups = of_like_length(lengths)
+    assert sorted(row for group in groups for row in group) == list(range(len(lengths)))
+    for group in groups:
+        own = [lengths[row] for row in group]
+        assert max(own) <= SHORT or min(own) >= LIKE * max(own)
 
 
 def test_cost_does_not_depend_on_what_was_written_before():

@@ -109,6 +109,10 @@ def submit(request: Request, say: Callable[[str], None]) -> Submitted:
     config = config.model_copy(
         update={"cluster": config.cluster.model_copy(update={"address": given[0] if given else None})}
     )
+    if config.evaluate.lm_eval:
+        from jobs.harness import check_harness
+
+        check_harness(config, "this machine" if given is None else None)
     probe_storage(place.storage)
     cluster = None
     if given is None:

@@ -19,13 +19,16 @@ SEED = 0
 SHOWN_CHARACTERS = 400
 
 
-def evaluate_overrides(tasks: str | None, datasets: str | None, code: bool = False) -> list[str]:
+def evaluate_overrides(
+    tasks: str | None, datasets: str | None, code: bool = False, lm_eval: str | None = None
+) -> list[str]:
     """`--set` assignments of the options; files are named from the current folder."""
     changes = []
-    if tasks is not None:
-        entries = [entry.strip() for entry in tasks.split(",") if entry.strip()]
-        named = [str(Path(entry).absolute()) if is_file(entry) else entry for entry in entries]
-        changes.append(f"evaluate.tasks={json.dumps(named)}")
+    for field, given in (("tasks", tasks), ("lm_eval", lm_eval)):
+        if given is not None:
+            entries = [entry.strip() for entry in given.split(",") if entry.strip()]
+            named = [str(Path(entry).absolute()) if is_file(entry) else entry for entry in entries]
+            changes.append(f"evaluate.{field}={json.dumps(named)}")
     if datasets is not None:
         changes.append(f"evaluate.datasets={json.dumps(datasets)}")
     if code:

@@ -197,6 +197,9 @@ def stop(run: str, now: bool, timeout: float, address: str | None, storage: str 
 @click.option(
     "--allow-code-execution", "code", is_flag=True, help="Run programs that the model writes (humaneval, mbpp)."
 )
+@click.option(
+    "--lm-eval", metavar="A,B", help="Tasks of lm-evaluation-harness, by name or YAML file; needs telar[lm-eval]."
+)
 @address
 @storage
 @overrides
@@ -206,6 +209,7 @@ def evaluate(
     named: str | None,
     datasets: str | None,
     code: bool,
+    lm_eval: str | None,
     address: str | None,
     storage: str | None,
     overrides: tuple[str, ...],
@@ -215,7 +219,7 @@ def evaluate(
     from jobs.commands.submitting import Request
     from jobs.commands.task_listing import evaluate_overrides
 
-    changes = (*overrides, *evaluate_overrides(named, datasets, code))
+    changes = (*overrides, *evaluate_overrides(named, datasets, code, lm_eval))
     _submit(Request(None, changes, run, storage, address, False, stage="evaluate"), True, False, as_json)
 
 
