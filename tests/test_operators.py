@@ -74,9 +74,9 @@ def bare(tmp_path):
 
 @pytest.fixture
 def free_port():
-    from tests.gloo_pool import _free_port
+    from cluster.network import free_ports
 
-    return _free_port()
+    return free_ports(1)[0]
 
 
 def test_without_a_compiler_two_ranks_train_and_say_so(bare, free_port, tmp_path):
